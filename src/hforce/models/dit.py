@@ -1,0 +1,211 @@
+"""CausalWan: the one diffusion transformer, any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Attend(Protocol):
+    """How tokens see each other and the past: the only thing the model asks of the world around it."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, N, H, D], normalised, before RoPE -> [B, N, H, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """A prompt as the model reads it: cross-attention keys and values of every layer, [B, H, T, D] each."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan2.1 transformer. dim = heads x head_dim; the defaults that never change follow the release."""
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    heads: int
+    text_dim: int = 4096
+    text_len: int = 512
+    in_channels: int = 16
+    out_channels: int = 16
+    freq_dim: int = 256
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the full width, before the split into heads; float32 inside, the weight in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class Projections(nn.Module):
+    """The q, k, v, o of an attention with norms on q and k (names as in the checkpoints)."""
+
+    def __init__(self, c: WanConfig) -> None:
+        super().__init__()
+        self.heads = c.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, N, dim] -> [B, N, H, D]."""
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class SelfAttention(Projections):
+    """Attention of video tokens: projects, lets `attend` do the rest, projects back."""
+
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        return self.o(attend(layer, self.split(q), self.split(k), self.split(v)).flatten(2))
+
+
+class CrossAttention(Projections):
+    """Attention of video tokens to the text. Padding rows take part, unmasked, as in the reference."""
+
+    def project(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text [B, T, dim] -> keys and values [B, H, T, D]."""
+        keys, values = self.split(self.norm_k(self.k(text))), self.split(self.v(text))
+        return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = self.split(self.norm_q(self.q(x))).transpose(1, 2)
+        return self.o(F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward. norm3 stands before the text, norm2 before the feed-forward."""
+
+    def __init__(self, c: WanConfig) -> None:
+        super().__init__()
+        self.dim, self.eps = c.dim, c.eps
+        self.self_attn, self.cross_attn = SelfAttention(c), CrossAttention(c)
+        self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
+
+    def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        """x [B, N, dim], time [B, F, 6, dim], text keys and values [B, H, T, D] -> [B, N, dim]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time).chunk(6, dim=2)
+        y = self.self_attn(modulate(x, shift1, scale1, self.eps), layer, attend)
+        x = add_gated(x, y, gate1)
+        x = x + self.cross_attn(self.norm3(x), *text)
+        return add_gated(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm, then scale and shift frame by frame: x [B, N, dim], shift and scale [B, F, 1, dim] -> [B, N, dim]."""
+    frames = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, frames, 1 + scale).flatten(1, 2)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y with a gate [B, F, 1, dim] per frame; x, y [B, N, dim]."""
+    frames = gate.shape[1]
+    return torch.addcmul(x.unflatten(1, (frames, -1)), y.unflatten(1, (frames, -1)), gate).flatten(1, 2)
+
+
+class Head(nn.Module):
+    """The last norm and projection to patches."""
+
+    def __init__(self, c: WanConfig) -> None:
+        super().__init__()
+        self.eps = c.eps
+        self.head = nn.Linear(c.dim, c.patch[1] * c.patch[2] * c.out_channels)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, c.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, N, dim], time [B, F, dim] -> [B, F, S, patch values]."""
+        shift, scale = (self.modulation[:, None] + time[:, :, None]).chunk(2, dim=2)
+        return self.head(modulate(x, shift, scale, self.eps)).unflatten(1, (time.shape[1], -1))
+
+
+class CausalWan(nn.Module):
+    """The Wan2.1 text-to-video transformer (parameter names of the release) with one timestep per latent frame.
+
+    It is stateless and knows neither positions nor caches: whatever `attend` is passed decides what a token sees.
+    Training, streaming and profiling differ in that argument alone.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv3d(c.in_channels, c.dim, c.patch, c.patch)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.head = Head(c)
+
+    def project_text(self, text: Tensor) -> TextContext:
+        """text [B, T, text_dim], T <= text_len -> what every layer's cross-attention reads; once a prompt.
+
+        Short texts are filled up with zero rows, which become one non-zero vector and take part (reference, 1.3).
+        """
+        padded = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+        embedded = self.text_embedding(padded)
+        pairs = [block.cross_attn.project(embedded) for block in self.blocks]
+        return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def forward(self, x: Tensor, t: Tensor, text: TextContext, attend: Attend) -> Tensor:
+        """x [B, F, C, h, w] noisy latents, t [B, F] timesteps in 0..1000 -> flow (noise - clean) [B, F, C, h, w]."""
+        frames, rows, columns = x.shape[1], x.shape[3] // self.config.patch[1], x.shape[4] // self.config.patch[2]
+        tokens = rearrange(self.patch_embedding(x.transpose(1, 2)), "b d f h w -> b (f h w) d")
+        time = self.time_embedding(sinusoid(t, self.config.freq_dim).to(x.dtype))
+        per_block = self.time_projection(time).unflatten(-1, (6, -1))
+        for layer, block in enumerate(self.blocks):
+            tokens = block(tokens, per_block, (text.keys[layer], text.values[layer]), layer, attend)
+        patches = self.head(tokens, time)
+        _, p, q = self.config.patch
+        return rearrange(
+            patches, "b f (h w) (p q c) -> b f c (h p) (w q)", f=frames, h=rows, w=columns, p=p, q=q
+        )
+
+    @torch.no_grad()
+    def order_heads(self, order: Sequence[Sequence[int]]) -> None:
+        """Permutes the self-attention heads of every layer in place: new head i is old head order[layer][i].
+
+        The model computes the same function; heads that share a cache policy become neighbours, so that the cache
+        works on slices instead of gathers.
+        """
+        for block, heads in zip(self.blocks, order, strict=True):
+            attention = block.self_attn
+            width = self.config.head_dim
+            rows = torch.cat([torch.arange(h * width, (h + 1) * width) for h in heads]).to(attention.q.weight.device)
+            for linear in (attention.q, attention.k, attention.v):
+                linear.weight.copy_(linear.weight[rows])
+                linear.bias.copy_(linear.bias[rows])
+            for norm in (attention.norm_q, attention.norm_k):
+                norm.weight.copy_(norm.weight[rows])
+            attention.o.weight.copy_(attention.o.weight[:, rows])
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Timesteps [...] in 0..1000 -> [..., width] float64, cosines first, then sines."""
+    half = width // 2
+    ladder = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.to(torch.float64)[..., None] * ladder
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,167 @@
+"""The tiny autoencoder: TAEHV for Wan latents, and the codec of the tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Memory = list[Tensor]
+"""What a streamed pass remembers: for every MemBlock the last frame it was given, [B, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class TaehvConfig:
+    """Sizes of one TAEHV. The defaults are those of the released Wan2.1 file (taew2_1)."""
+
+    latent_channels: int = 16
+    encoder_width: int = 64
+    decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    time_down: tuple[int, int, int] = (2, 2, 1)
+    space_down: tuple[int, int, int] = (2, 2, 2)
+    time_up: tuple[int, int, int] = (1, 2, 2)
+    space_up: tuple[int, int, int] = (2, 2, 2)
+    patch: int = 1  # pixel (un)shuffle around the network, for small and fast codecs
+
+    @property
+    def stride(self) -> int:
+        """Video frames per latent frame."""
+        return self.time_up[0] * self.time_up[1] * self.time_up[2]
+
+
+class MemBlock(nn.Module):
+    """A residual block that sees its own input of the previous time step (zeros before the first)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, C, h, w], past [B, C, h, w] or None -> the same shape, and the frame to remember."""
+        first = torch.zeros_like(x[:, :1]) if past is None else past[:, None]
+        joined = torch.cat([x, torch.cat([first, x[:, :-1]], dim=1)], dim=2)
+        y = F.relu(self.conv(joined.flatten(0, 1)) + x.flatten(0, 1))
+        return y.unflatten(0, x.shape[:2]), x[:, -1]
+
+
+class TPool(nn.Module):
+    """Joins `stride` neighbouring frames into one."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width * stride, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C, h, w] -> [B, T / stride, C, h, w]."""
+        joined = rearrange(x, "b (t s) c h w -> (b t) (s c) h w", s=self.stride)
+        return self.conv(joined).unflatten(0, (x.shape[0], -1))
+
+
+class TGrow(nn.Module):
+    """Makes `stride` frames of one; the first share of the output channels is the earliest frame."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C, h, w] -> [B, T stride, C, h, w]."""
+        grown = self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return rearrange(grown, "b t (s c) h w -> b (t s) c h w", s=self.stride)
+
+
+class Bound(nn.Module):
+    """Keeps latents within (-3, 3), softly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * torch.tanh(x / 3)
+
+
+def _run(layers: nn.Sequential, x: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+    """Runs x [B, T, C, h, w] through layers, handing each MemBlock its past. Returns the new memory."""
+    remembered: Memory = []
+    for layer in layers:
+        if isinstance(layer, MemBlock):
+            past = None if memory is None else memory[len(remembered)]
+            x, last = layer(x, past)
+            remembered.append(last)
+        elif isinstance(layer, TPool | TGrow):
+            x = layer(x)
+        else:
+            x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return x, remembered
+
+
+class TAEHV(nn.Module):
+    """Causal autoencoder with 4 video frames per latent frame (github.com/madebyollin/taehv, MIT; key names as released).
+
+    One code path serves whole clips and streams: `decode_stream` of a clip in pieces equals the clip at once.
+    """
+
+    def __init__(self, config: TaehvConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = self._build_encoder(config)
+        self.decoder = self._build_decoder(config)
+
+    @staticmethod
+    def _build_encoder(c: TaehvConfig) -> nn.Sequential:
+        width = c.encoder_width
+        layers: list[nn.Module] = [nn.Conv2d(3 * c.patch**2, width, 3, padding=1), nn.ReLU()]
+        for time, space in zip(c.time_down, c.space_down, strict=True):
+            layers += [TPool(width, time), nn.Conv2d(width, width, 3, padding=1, stride=space, bias=False)]
+            layers += [MemBlock(width) for _ in range(3)]
+        return nn.Sequential(*layers, nn.Conv2d(width, c.latent_channels, 3, padding=1))
+
+    @staticmethod
+    def _build_decoder(c: TaehvConfig) -> nn.Sequential:
+        first, *others = c.decoder_widths
+        layers: list[nn.Module] = [Bound(), nn.Conv2d(c.latent_channels, first, 3, padding=1), nn.ReLU()]
+        width = first
+        for time, space, narrower in zip(c.time_up, c.space_up, others, strict=True):
+            layers += [MemBlock(width) for _ in range(3)]
+            layers += [nn.Upsample(scale_factor=space), TGrow(width, time)]
+            layers += [nn.Conv2d(width, narrower, 3, padding=1, bias=False)]
+            width = narrower
+        return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width, 3 * c.patch**2, 3, padding=1))
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, ceil(T / stride), C, h, w]; the last frame is repeated to fill up."""
+        missing = -video.shape[1] % self.config.stride
+        if missing:
+            video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
+        latents, _ = _run(self.encoder, F.pixel_unshuffle(video, self.config.patch), None)
+        return latents
+
+    def encode_clip(self, video: Tensor) -> Tensor:
+        """video [B, 4(n - 1) + 1, 3, H, W] -> [B, n, C, h, w]: the first frame alone becomes the first latent."""
+        first = video[:, :1].expand(-1, self.config.stride - 1, -1, -1, -1)
+        return self.encode(torch.cat([first, video], dim=1))
+
+    def decode_stream(self, latents: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """latents [B, n, C, h, w] and what an earlier call returned (None at the start of a video).
+
+        Returns video frames [B, T, 3, H, W] in 0..1 and the memory for the next call: T = 4n, or 4n - 3 at the start,
+        where the first latent stands for a single frame.
+        """
+        raw, remembered = self.decode_raw(latents, memory)
+        skip = self.config.stride - 1 if memory is None else 0
+        return raw[:, skip:].clamp(0, 1), remembered
+
+    def decode_raw(self, latents: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """The network's own output [B, 4n, 3, H, W], neither trimmed nor clamped."""
+        raw, remembered = _run(self.decoder, latents, memory)
+        return F.pixel_shuffle(raw, self.config.patch), remembered
+
+

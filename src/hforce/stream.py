@@ -1,0 +1,166 @@
+"""The autoregressive loop; a generator of latent chunks.
+
+    for every chunk:
+        noise -> few denoising steps -> clean latents          each step looks at the past through the cache
+        one more pass over the clean latents at timestep 0     leaves their keys and values in the cache
+        cache.advance()                                        every role keeps and places what its policy wants
+
+That is Self-Forcing (arXiv 2506.08009). Head Forcing (arXiv 2605.14487) happens in the cache alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hforce.cache.heads import HeadCache
+from hforce.errors import DataError
+from hforce.models.dit import Attend, CausalWan, TextContext
+from hforce.sampler import Step, few_step, keyed_noise
+
+Noise = Callable[[int, Sequence[int]], Iterator[Tensor]]
+"""Chunk number and shape -> draws of noise: the start, then one for every re-noising."""
+
+SETTLING = 2  # chunks after a change of prompt in which the drift gate stays open
+
+
+@dataclass(frozen=True)
+class Take:
+    """A stretch of video under one prompt: text [1, T, text_dim], for so many chunks (None: until nobody asks for more)."""
+
+    text: Tensor
+    chunks: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Clean latents [1, F, C, h, w] of chunk `number`, made under prompt number `shot`; seconds spent per stage."""
+
+    number: int
+    shot: int
+    latents: Tensor
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a chunk is denoised. first_steps and first_frames, where given, hold for the very first chunk."""
+
+    steps: tuple[Step, ...]
+    first_steps: tuple[Step, ...] = ()
+    first_frames: int = 0
+    commit_timestep: float = 0.0  # what the model is told in the clean pass (Self-Forcing: context_noise)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What happens to the cache when the prompt changes.
+
+    keep: nothing. flush: policies drop the old scene. recache: the last `frames` latents are run again under the new
+    prompt, chunk by chunk, so that their keys and values speak of it (LongLive, arXiv 2509.22622).
+    """
+
+    rule: str = "recache"
+    frames: int = 6
+
+
+@dataclass
+class Stream:
+    """Plays a script through a model and its cache. One stream makes one video at a time.
+
+    shape is (C, h, w) of a latent frame. attend defaults to the cache's own; a profiler wraps it. clock measures
+    seconds and must wait for the device where work is queued.
+    """
+
+    model: CausalWan
+    cache: HeadCache
+    sampling: Sampling
+    shape: tuple[int, int, int]
+    noise: Noise
+    switch: Switch = field(default_factory=Switch)
+    attend: Attend | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    @torch.inference_mode()
+    def play(self, script: Iterable[Take], given: Tensor | None = None) -> Iterator[Chunk]:
+        """Clean chunks, one after the other, as they are made; ends with the script.
+
+        script is any iterable, read when its next take begins: a list, or a generator that waits for a person.
+        given [1, F0, C, h, w], clean latents to start from, is taken into the cache first and not yielded.
+        Raises DataError at a chunk with values that are not finite; the chunks before it are good.
+        """
+        self.cache.reset()
+        number, recent = 0, deque[Tensor]()
+        for shot, take in enumerate(script):
+            text = self.model.project_text(self._to_device(take.text))
+            if shot:
+                self._change_prompt(recent, text, shot)
+            elif given is not None:
+                self._take_in(given, text, recent)
+            begun = number
+            while take.chunks is None or number - begun < take.chunks:
+                settled = not shot or number - begun >= SETTLING
+                yield self._make(number, shot, text, settled, recent)
+                number += 1
+
+    def _make(self, number: int, shot: int, text: TextContext, settled: bool, recent: deque[Tensor]) -> Chunk:
+        """Denoises one chunk and commits it."""
+        start = self.clock()
+        is_first = number == 0 and self.cache.now == 0
+        frames = (is_first and self.sampling.first_frames) or self.cache.geometry.chunk
+        steps = (is_first and self.sampling.first_steps) or self.sampling.steps
+        draws = (self._to_device(x) for x in self.noise(number, (1, frames, *self.shape)))
+        clean = few_step(lambda x, t: self._flow(x, t, text), steps, draws)
+        if not bool(torch.isfinite(clean).all()):
+            raise DataError(
+                f"chunk {number} holds values that are not finite",
+                mend="try model.dtype=float32; the chunks before it are kept",
+            )
+        denoised = self.clock()
+        self._commit(clean, text, shot, settled, recent)
+        return Chunk(number, shot, clean, {"denoise": denoised - start, "commit": self.clock() - denoised})
+
+    def _commit(self, clean: Tensor, text: TextContext, shot: int, settled: bool, recent: deque[Tensor]) -> None:
+        """The clean pass: what it leaves in the staging slots becomes the past."""
+        self._flow(clean, self.sampling.commit_timestep, text)
+        self.cache.advance(shot, clean[0], settled)
+        recent.append(clean)
+        while sum(x.shape[1] for x in recent) - recent[0].shape[1] >= max(self.switch.frames, 1):
+            recent.popleft()
+
+    def _flow(self, x: Tensor, timestep: float, text: TextContext) -> Tensor:
+        t = torch.full(x.shape[:2], timestep, device=x.device)
+        return self.model(x, t, text, self.attend or self.cache.attend)
+
+    def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> None:
+        """Commits latents that were not made here, in chunks; the first one takes what does not divide."""
+        chunk = self.cache.geometry.chunk
+        first = given.shape[1] % chunk
+        pieces = [first, *[chunk] * (given.shape[1] // chunk)] if first else [chunk] * (given.shape[1] // chunk)
+        for piece in self._to_device(given).split(pieces, dim=1):
+            self._commit(piece, text, 0, True, recent)
+
+    def _change_prompt(self, recent: deque[Tensor], text: TextContext, shot: int) -> None:
+        if self.switch.rule == "flush":
+            self.cache.flush()
+        if self.switch.rule != "recache":
+            return
+        again = list(recent)
+        recent.clear()
+        self.cache.forget(self.cache.now - sum(x.shape[1] for x in again))
+        for clean in again:
+            self._commit(clean, text, shot, False, recent)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        weight = self.model.patch_embedding.weight
+        return x.to(device=weight.device, dtype=weight.dtype)
+
+
+def seeded(seed: int) -> Noise:
+    """The noise of a video with this seed (`sampler.keyed_noise`)."""
+    return lambda chunk, shape: keyed_noise(seed, chunk, shape)

@@ -1,0 +1,1 @@
+"""The procedural world the tiny model is trained on, and its judge."""

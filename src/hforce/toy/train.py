@@ -1,0 +1,317 @@
+"""`make tiny`: trains the codec and the transformer of the tiny model and writes tiny.safetensors.
+
+    python -m hforce.toy.train --out build/tiny
+
+Three stages, each resumed from its last checkpoint: the codec, the encoded clips, the transformer. Every batch is drawn
+from a generator keyed by (seed, step), so an interrupted run continues as if nothing had happened. Curves go to
+log.jsonl. The transformer is trained by flow matching with teacher forcing (clean clip beside the noisy one, a noise
+level per chunk, the clean side lightly noised half of the time so that it forgives its own mistakes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hforce.attention.dense import BlockCausal, plain_softmax
+from hforce.attention.rope import Rope3D
+from hforce.models.tiny import TinyModel
+from hforce.toy.data import LATENTS, Clips, encode_clips, load_clips, save_clips, video_batch
+
+log = logging.getLogger(__name__)
+CHUNK, TRAIN_STEPS = 3, 1000  # latent frames per chunk; timesteps run 0..1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the recipe. The defaults are those of the shipped weights."""
+
+    seed: int = 0
+    codec_steps: int = 900
+    codec_batch: int = 12
+    codec_frames: int = 9
+    codec_lr: float = 4e-3
+    latent_noise: float = 0.08  # added to latents while the codec learns, so that it forgives the transformer's errors
+    clips: int = 12000
+    steps: int = 2000
+    batch: int = 12
+    first_batch: int = 32  # first chunks on their own, extra in every step: they are the hardest
+    lr: float = 3e-3
+    adam_lr: float = 2e-3
+    warmup: int = 40
+    decay_from: float = 0.5  # share of the steps after which the rate falls linearly to zero
+    shift: float = 5.0
+    context_noise: float = 0.35
+    object_weight: float = 5.0  # of object cells in a loss, against 1 for the background
+    ema: float = 0.995
+    save_every: int = 100
+
+
+class Optimizer:
+    """Muon for matrices and kernels (flattened to matrices), AdamW for everything else."""
+
+    def __init__(self, module: nn.Module, lr: float, adam_lr: float, is_matrix: Callable[[str, Tensor], bool]) -> None:
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.matrices = [p for n, p in named if is_matrix(n, p)]
+        others = [p for n, p in named if not is_matrix(n, p)]
+        self.flat = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]  # views: they share the storage
+        muon = torch.optim.Muon(self.flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        adam = torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0, betas=(0.9, 0.98))
+        self.parts = [(muon, lr), (adam, adam_lr)]
+
+    def step(self, scale: float) -> None:
+        """One update with the learning rates times `scale`; clears the gradients."""
+        for flat, matrix in zip(self.flat, self.matrices, strict=True):
+            flat.grad = None if matrix.grad is None else matrix.grad.flatten(1)
+            matrix.grad = None
+        for optimizer, lr in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state(self) -> list[dict[str, object]]:
+        """What to save."""
+        return [optimizer.state_dict() for optimizer, _ in self.parts]
+
+    def restore(self, state: list[dict[str, object]]) -> None:
+        """Continues from `state()`."""
+        for (optimizer, _), saved in zip(self.parts, state, strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Learning rate at `step` as a share of its peak: warm-up, plateau, linear fall to zero."""
+    left = (steps - step) / (steps * (1 - recipe.decay_from))
+    return min(1.0, (step + 1) / recipe.warmup, left)
+
+
+class Run:
+    """Where a training run lives: its folder, device, log and checkpoints."""
+
+    def __init__(self, out: Path, recipe: Recipe, device: str) -> None:
+        self.out, self.recipe, self.device = out, recipe, device
+        self.started = time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+
+    def note(self, **values: object) -> None:
+        """Appends a line to log.jsonl and shows it."""
+        line = json.dumps({"seconds": round(time.monotonic() - self.started, 1), **values})
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        log.info(line)
+
+    def save(self, name: str, values: dict[str, object]) -> None:
+        """Writes a checkpoint in one piece."""
+        part = self.out / f"{name}.part"
+        torch.save(values, part)
+        part.replace(self.out / name)
+
+    def load(self, name: str) -> dict[str, object] | None:
+        """The checkpoint of that name, if there is one."""
+        path = self.out / name
+        return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
+
+
+def train_codec(run: Run, model: TinyModel) -> None:
+    """Stage 1: reconstruct short clips; objects count more, latents are slightly noised."""
+    recipe, codec = run.recipe, model.codec
+    optimizer = Optimizer(codec, recipe.codec_lr, recipe.adam_lr, lambda n, p: p.ndim == 4 and p.shape[0] > 16)
+    start = _resume(run, "codec.pt", codec, optimizer)
+    for step in range(start, recipe.codec_steps):
+        generator = torch.Generator(run.device).manual_seed(recipe.seed * 1_000_003 + step)
+        video, mask = (x.to(run.device) for x in video_batch(recipe.seed, step, recipe.codec_batch, recipe.codec_frames))
+        with _autocast(run.device):
+            latents = codec.encode_clip(video)
+            noise = torch.randn(latents.shape, generator=generator, device=run.device)
+            raw, _ = codec.decode_raw(latents + recipe.latent_noise * noise)
+        error = (raw.float()[:, codec.config.stride - 1 :] - video) ** 2
+        loss = _weighted(error, mask, recipe.object_weight) + 1e-4 * latents.float().pow(2).mean()
+        loss.backward()
+        optimizer.step(rate(step, recipe.codec_steps, recipe))
+        if step % 25 == 0 or step + 1 == recipe.codec_steps:
+            run.note(stage="codec", step=step, loss=loss.item(), psnr=-10 * error.mean().log10().item())
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.codec_steps:
+            run.save("codec.pt", {"step": step + 1, "model": codec.state_dict(), "optimizer": optimizer.state()})
+
+
+def make_clips(run: Run, model: TinyModel) -> Clips:
+    """Stage 2: the data set as normalised latents; their statistics go into the model."""
+    path = run.out / "clips.pt"
+    if not path.exists():
+        save_clips(encode_clips(model.codec.eval(), run.recipe.seed, run.recipe.clips, run.device), path)
+        run.note(stage="clips", count=run.recipe.clips)
+    clips = load_clips(path)
+    sample = clips.latents[:1000].float()
+    model.latent_mean.copy_(sample.mean(dim=(0, 1, 3, 4))[:, None, None])
+    model.latent_std.copy_(sample.std(dim=(0, 1, 3, 4))[:, None, None])
+    mean, std = model.latent_mean.cpu(), model.latent_std.cpu()
+    for part in clips.latents.split(500):
+        part.copy_((part.float() - mean) / std)
+    return clips
+
+
+class Trainer:
+    """The losses of the transformer."""
+
+    def __init__(self, model: TinyModel, recipe: Recipe, device: str) -> None:
+        self.model, self.recipe, self.device = model, recipe, device
+        config = model.dit.config
+        rope = Rope3D((4, 4), config.head_dim, device=device)
+        self.clip = BlockCausal(rope, [CHUNK] * (LATENTS // CHUNK), teacher_forcing=True, kernel=plain_softmax)
+        self.first = BlockCausal(rope, [CHUNK], kernel=plain_softmax)
+
+    def clip_loss(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        """Whole clips: every chunk at its own noise level, given the clean chunks before it."""
+        x0, mask, words = batch
+        sigma = self._sigmas(x0.shape[0], LATENTS // CHUNK, generator).repeat_interleave(CHUNK, dim=1)
+        noise = self._randn(x0.shape, generator)
+        noisy = torch.lerp(x0, noise, sigma[:, :, None, None, None])
+        joined, t = torch.cat([self._context(x0, generator), noisy], dim=1), torch.cat([sigma * 0, sigma], dim=1)
+        flow = self._flow(joined, t, words, self.clip)[:, LATENTS:]
+        return _weighted((flow - (noise - x0)) ** 2, mask, self.recipe.object_weight)
+
+    def first_loss(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        """First chunks alone, from text."""
+        x0, mask, words = batch[0][:, :CHUNK], batch[1][:, :CHUNK], batch[2]
+        sigma = self._sigmas(x0.shape[0], 1, generator).expand(-1, CHUNK)
+        noise = self._randn(x0.shape, generator)
+        flow = self._flow(torch.lerp(x0, noise, sigma[:, :, None, None, None]), sigma, words, self.first)
+        return _weighted((flow - (noise - x0)) ** 2, mask, self.recipe.object_weight)
+
+    def _flow(self, x: Tensor, sigma: Tensor, words: Tensor, attend: BlockCausal) -> Tensor:
+        with _autocast(self.device):
+            text = self.model.dit.project_text(self.model.words(words))
+            return self.model.dit(x, sigma * TRAIN_STEPS, text, attend).float()
+
+    def _context(self, x0: Tensor, generator: torch.Generator) -> Tensor:
+        """The clean side, half of the time noised by up to `context_noise`, without telling the model."""
+        shape = (x0.shape[0], 1, 1, 1, 1)
+        level = self.recipe.context_noise * torch.rand(shape, generator=generator, device=self.device)
+        used = torch.rand(shape, generator=generator, device=self.device) < 0.5
+        return torch.lerp(x0, self._randn(x0.shape, generator), level * used)
+
+    def _sigmas(self, batch: int, chunks: int, generator: torch.Generator) -> Tensor:
+        """Noise levels [B, chunks]: three in four shifted towards noise, as they are met in sampling, one in four uniform."""
+        s = torch.rand((batch, chunks), generator=generator, device=self.device)
+        shift = 1 + (self.recipe.shift - 1) * (torch.rand(s.shape, generator=generator, device=self.device) < 0.75)
+        return shift * s / (1 + (shift - 1) * s)
+
+    def _randn(self, shape: Iterable[int], generator: torch.Generator) -> Tensor:
+        return torch.randn(tuple(shape), generator=generator, device=self.device)
+
+
+def train_transformer(run: Run, model: TinyModel, clips: Clips) -> TinyModel:
+    """Stage 3: the transformer and the words. Returns the moving average of the weights, which is what ships."""
+    recipe = run.recipe
+    init_weights(model, recipe.seed)
+    average = copy.deepcopy(model)
+    learned = nn.ModuleDict({"dit": model.dit, "words": model.words})
+    optimizer = Optimizer(learned, recipe.lr, recipe.adam_lr, lambda n, p: "blocks" in n and n.endswith("weight") and p.ndim == 2)
+    start = _resume(run, "transformer.pt", model, optimizer, average)
+    trainer, judge = Trainer(model, recipe, run.device), Trainer(average, recipe, run.device)
+    held_out = encode_held_out(run, model)
+    for step in range(start, recipe.steps):
+        generator = torch.Generator(run.device).manual_seed(recipe.seed * 1_000_003 + step)
+        picks = torch.randint(recipe.clips, (recipe.batch + recipe.first_batch,), generator=torch.Generator().manual_seed(step))
+        loss = trainer.clip_loss(clips.batch(picks[: recipe.batch], run.device), generator)
+        loss.backward()
+        first = trainer.first_loss(clips.batch(picks[recipe.batch :], run.device), generator)
+        first.backward()
+        optimizer.step(rate(step, recipe.steps, recipe))
+        _follow(average, model, min(recipe.ema, (step + 1) / (step + 10)))
+        if step % 20 == 0:
+            run.note(stage="transformer", step=step, loss=loss.item(), first=first.item())
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            run.note(stage="validation", step=step + 1, **validate(judge, held_out, run.device))
+            state = {"step": step + 1, "model": model.state_dict(), "average": average.state_dict()}
+            run.save("transformer.pt", {**state, "optimizer": optimizer.state()})
+    return average
+
+
+def encode_held_out(run: Run, model: TinyModel, count: int = 32) -> Clips:
+    """Clips of another seed, for validation."""
+    clips = encode_clips(model.codec.eval(), run.recipe.seed + 1_000_000, count, run.device)
+    normal = (clips.latents.float() - model.latent_mean.cpu()) / model.latent_std.cpu()
+    return Clips(normal.half(), clips.mask, clips.words)
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, clips: Clips, device: str) -> dict[str, float]:
+    """The two losses on held-out clips with fixed noise."""
+    batch = clips.batch(torch.arange(clips.latents.shape[0]), device)
+    losses = [f(batch, torch.Generator(device).manual_seed(7)).item() for f in (trainer.clip_loss, trainer.first_loss)]
+    return {"clip": losses[0], "first": losses[1]}
+
+
+def init_weights(model: TinyModel, seed: int) -> None:
+    """Xavier for linear layers, zero for biases and the last layer, small normal for modulation and words (Wan2.1)."""
+    torch.manual_seed(seed)
+    for name, parameter in model.dit.named_parameters():
+        if "modulation" in name:
+            nn.init.normal_(parameter, std=model.dit.config.dim**-0.5)
+        elif name.endswith("bias") or name.startswith("head.head"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter.flatten(1))
+    nn.init.normal_(model.words.weight)
+
+
+def _weighted(error: Tensor, mask: Tensor, weight: float) -> Tensor:
+    weights = 1 + (weight - 1) * mask
+    return (error * weights).sum() / weights.expand_as(error).sum()
+
+
+def _autocast(device: str) -> torch.autocast:
+    return torch.autocast(device.split(":")[0], torch.bfloat16)
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, 1 - decay)
+
+
+def _resume(run: Run, name: str, model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> int:
+    """Loads a checkpoint if there is one. Returns the step to go on from."""
+    saved = run.load(name)
+    if saved is None:
+        return 0
+    model.load_state_dict(saved["model"])  # type: ignore[arg-type]
+    optimizer.restore(saved["optimizer"])  # type: ignore[arg-type]
+    if average is not None:
+        average.load_state_dict(saved["average"])  # type: ignore[arg-type]
+    return int(saved["step"])  # type: ignore[call-overload]
+
+
+def main() -> None:
+    """Command line of the recipe: `python -m hforce.toy.train --help`."""
+    parser = argparse.ArgumentParser(description="Train the tiny model.")
+    parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for checkpoints and curves")
+    parser.add_argument("--weights", type=Path, default=Path("src/hforce/models/tiny.safetensors"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    run = Run(options.out, Recipe(steps=options.steps), options.device)
+    torch.manual_seed(run.recipe.seed)
+    model = TinyModel().to(run.device)
+    train_codec(run, model)
+    train_transformer(run, model, make_clips(run, model)).save(options.weights)
+
+
+if __name__ == "__main__":
+    main()
