@@ -17,7 +17,7 @@ from hforce.cache.roles import HeadRole, RoleMap
 from hforce.errors import ConfigError
 from hforce.geometry import Geometry
 
-LOOK_EVERY = 3  # likeness is read off every third layer: neighbours agree, and it costs a third
+LOOK_EVERY = 3  # likeness is read off every third layer that has such heads: neighbours agree, and it costs a third
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,12 @@ class HeadCache:
         self.geometry, self.roles, self.device = geometry, roles, device
         self.rope = Rope3D(geometry.grid, geometry.head_dim, geometry.rope_theta, device)
         self._own = self.rope.full(torch.arange(geometry.chunk))[:, None]  # phases of the chunk: times 0 .. F-1
-        self.lanes = [Lane(role, policies[role]) for role in HeadRole if roles.counts()[role]]
+        present = [role for role in HeadRole if roles.counts()[role]]
+        if missing := [role for role in present if role not in policies]:
+            raise ConfigError(f"{missing[0]} heads have no cache policy", mend=f"set cache.{missing[0]}.policy")
+        self.lanes = [Lane(role, policies[role]) for role in present]
         self.groups = self._allocate(dtype)
+        self._looks = self._choose_looks()
         self.reset()
 
     def reset(self) -> None:
@@ -110,9 +114,11 @@ class HeadCache:
         assert q.shape[0] == 1, "a cache holds one stream: batch must be 1"
         tokens = self.geometry.tokens
         self._frames = k.shape[1] // tokens
+        # Held frames may lie in slots behind the staging ones; a short pass would not reach them.
+        assert self._frames == self.geometry.chunk or not self.now, "only the first chunk may be short"
         phase = self._own[: k.shape[1]]
         query, key = turn(q[0], phase).transpose(0, 1), turn(k[0], phase)
-        if layer % LOOK_EVERY == 0:
+        if any(layer in layers for layers in self._looks.values()):
             self._seen[layer] = k[0]
         split = "(f s) h d -> h f s d"
         key, raw, value = (rearrange(x, split, s=tokens) for x in (key, k[0, ..., : self.rope.time_dims], v[0]))
@@ -240,14 +246,19 @@ class HeadCache:
             begin += last - first
         return calls
 
+    def _choose_looks(self) -> dict[HeadRole, dict[int, slice]]:
+        """For every role whose policy looks at pictures, the layers at which it does, and its heads there."""
+        runs = [_runs(row) for row in self.roles.roles]
+        looks = {}
+        for lane in self.lanes:
+            if lane.policy.looks:
+                layers = [layer for layer, spans in enumerate(runs) if lane.role in spans]
+                looks[lane.role] = {layer: slice(*runs[layer][lane.role]) for layer in layers[::LOOK_EVERY]}
+        return looks
+
     def _looked_at(self, lane: Lane) -> list[Tensor]:
         """Keys of the last pass [N, heads, D] of the lane's heads, for the layers that are looked at."""
-        looked = []
-        for layer, keys in self._seen.items():
-            spans = _runs(self.roles.roles[layer])
-            if lane.role in spans:
-                looked.append(keys[:, slice(*spans[lane.role])])
-        return looked
+        return [self._seen[layer][:, heads] for layer, heads in self._looks[lane.role].items()]
 
     def _drop(self, lane: Lane, kept: Sequence[Frame]) -> None:
         lane.held = list(kept)

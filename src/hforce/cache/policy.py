@@ -36,7 +36,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The chunk about to be made: its first frame `now`, its length `chunk`, and the `span` the model was trained on."""
+    """The chunk about to be made: its first frame `now`, its length, and the `span` the model was trained on."""
 
     now: int
     chunk: int

@@ -159,6 +159,8 @@ class CausalWan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Head(c)
+        self.head_order = [list(range(c.heads)) for _ in range(c.layers)]
+        """[L][H] which head of the checkpoint stands where: see `order_heads`."""
 
     def project_text(self, text: Tensor) -> TextContext:
         """text [B, T, text_dim], T <= text_len -> what every layer's cross-attention reads; once a prompt.
@@ -186,21 +188,23 @@ class CausalWan(nn.Module):
 
     @torch.no_grad()
     def order_heads(self, order: Sequence[Sequence[int]]) -> None:
-        """Permutes the self-attention heads of every layer in place: new head i is old head order[layer][i].
+        """Puts the self-attention heads of every layer in place: head i becomes head order[layer][i] of the checkpoint.
 
         The model computes the same function; heads that share a cache policy become neighbours, so that the cache
         works on slices instead of gathers.
         """
-        for block, heads in zip(self.blocks, order, strict=True):
-            attention = block.self_attn
-            width = self.config.head_dim
-            rows = torch.cat([torch.arange(h * width, (h + 1) * width) for h in heads]).to(attention.q.weight.device)
+        width = self.config.head_dim
+        for layer, (block, heads) in enumerate(zip(self.blocks, order, strict=True)):
+            present = self.head_order[layer]
+            rows = torch.cat([torch.arange(width) + present.index(h) * width for h in heads])
+            rows, attention = rows.to(block.self_attn.q.weight.device), block.self_attn
             for linear in (attention.q, attention.k, attention.v):
                 linear.weight.copy_(linear.weight[rows])
                 linear.bias.copy_(linear.bias[rows])
             for norm in (attention.norm_q, attention.norm_k):
                 norm.weight.copy_(norm.weight[rows])
             attention.o.weight.copy_(attention.o.weight[:, rows])
+            self.head_order[layer] = list(heads)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hforce.errors import CheckpointError, DataError
+from hforce.geometry import Geometry
+from hforce.models.base import Backbone
 from hforce.models.dit import CausalWan, WanConfig
-from hforce.models.taehv import TAEHV, TaehvConfig
+from hforce.models.taehv import TAEHV, Memory, TaehvConfig
+from hforce.models.weights import fingerprint, load_strictly, read_safetensors
+from hforce.toy.world import PIXELS, SLOTS, complete, parse, sentence, vocabulary
 
-WORDS = 31  # of the world's vocabulary
+log = logging.getLogger(__name__)
+
+PACKAGED = Path(__file__).with_name("tiny.safetensors")
+VOCABULARY = tuple((slot, word) for slot, words in SLOTS.items() for word in words)
+WORD_INDEX = {pair: index for index, pair in enumerate(VOCABULARY)}
 DIT = WanConfig(
-    dim=144, ffn_dim=576, layers=6, heads=6, text_dim=32, text_len=8, in_channels=12, out_channels=12
+    dim=144, ffn_dim=576, layers=6, heads=6, text_dim=32, text_len=len(SLOTS), in_channels=12, out_channels=12
 )  # fmt: skip
 CODEC = TaehvConfig(
     latent_channels=12, encoder_width=32, decoder_widths=(64, 48, 32, 32), space_down=(1, 2, 1), space_up=(2, 1, 1), patch=4
 )  # fmt: skip
+LATENT_PIXELS = 8  # pixels a latent cell is wide and high
+EXAMPLE = "a slow red circle bouncing sideways on a green striped background"
 
 
 class TinyModel(nn.Module):
@@ -32,7 +43,7 @@ class TinyModel(nn.Module):
     def __init__(self, dit: WanConfig = DIT, codec: TaehvConfig = CODEC) -> None:
         super().__init__()
         self.dit, self.codec = CausalWan(dit), TAEHV(codec)
-        self.words = nn.Embedding(WORDS, dit.text_dim)
+        self.words = nn.Embedding(len(VOCABULARY), dit.text_dim)
         self.register_buffer("latent_mean", torch.zeros(codec.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(codec.latent_channels, 1, 1))
 
@@ -40,3 +51,96 @@ class TinyModel(nn.Module):
         """Writes all tensors, and the sizes as metadata."""
         sizes = {"dit": json.dumps(asdict(self.dit.config)), "codec": json.dumps(asdict(self.codec.config))}
         save_file({name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}, path, sizes)
+
+    @classmethod
+    def load(cls, path: Path) -> TinyModel:
+        """Reads what `save` wrote, as float32. Raises InputError or CheckpointError."""
+        state, metadata = read_safetensors(path)
+        try:
+            sizes = [
+                {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
+                for text in (metadata["dit"], metadata["codec"])
+            ]
+            model = cls(WanConfig(**sizes[0]), TaehvConfig(**sizes[1]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} holds no tiny model: its metadata lacks the sizes", "make one with: make tiny") from error
+        load_strictly(model, {name: value.float() for name, value in state.items()}, str(path))
+        return model.eval().requires_grad_(False)
+
+
+class WordEncoder:
+    """Reads a prompt as eight words and looks up their embeddings.
+
+    What the prompt leaves open is filled in from a hash of it, as larger models have prompts extended: the model was
+    trained on complete sentences. What it says beyond the vocabulary is reported in the log and left out.
+    """
+
+    def __init__(self, words: nn.Embedding) -> None:
+        self.words = words
+        self._told: set[str] = set()
+
+    def __call__(self, prompt: str) -> Tensor:
+        """prompt -> [1, 8, text_dim]. Raises DataError when no word of it is known."""
+        words = self._understand(prompt)
+        index = torch.tensor([[WORD_INDEX[slot, words[slot]] for slot in SLOTS]], device=self.words.weight.device)
+        return self.words(index)
+
+    def reads(self, prompt: str) -> str:
+        """The complete sentence that is looked up."""
+        return sentence(self._understand(prompt))
+
+    def _understand(self, prompt: str) -> dict[str, str]:
+        parsed = parse(prompt)
+        if not parsed.words:
+            raise DataError(
+                f"the tiny model knows no word of the prompt {prompt[:60]!r}; it knows\n{vocabulary()}",
+                f"for example: {EXAMPLE}",
+            )
+        if parsed.unknown and prompt not in self._told:
+            self._told.add(prompt)
+            log.warning("the tiny model does not know: %s. It knows\n%s", ", ".join(parsed.unknown), vocabulary())
+        return complete(parsed.words, prompt)
+
+
+class TinyCodec:
+    """The codec of the tiny model on normalised latents."""
+
+    def __init__(self, tiny: TinyModel) -> None:
+        self.net, self.mean, self.std = tiny.codec, tiny.latent_mean, tiny.latent_std
+        self.stride = tiny.codec.config.stride
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""
+        return (self.net.encode_clip(video) - self.mean) / self.std
+
+    def decoder(self) -> TinyDecoder:
+        """A decoder for a new video."""
+        return TinyDecoder(self)
+
+
+class TinyDecoder:
+    """Decodes one video, chunk by chunk."""
+
+    def __init__(self, codec: TinyCodec) -> None:
+        self._codec = codec
+        self._memory: Memory | None = None
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
+        raw = latents.float() * self._codec.std + self._codec.mean
+        video, self._memory = self._codec.net.decode_stream(raw, self._memory)
+        return video[0]
+
+
+def load_tiny(checkpoint: str, size: tuple[int, int] | None, device: str, dtype: str) -> Backbone:
+    """The packaged tiny model, or one that `make tiny` wrote. Sizes other than 64x64 run, but were not trained."""
+    tiny = TinyModel.load(Path(checkpoint) if checkpoint else PACKAGED).to(device)
+    config = tiny.dit.config
+    mark = fingerprint(tiny.dit)
+    tiny.dit.to(getattr(torch, "float32" if dtype == "auto" else dtype))
+    width, height = size or (PIXELS, PIXELS)
+    shape = (config.in_channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
+    grid = (shape[1] // config.patch[1], shape[2] // config.patch[2])
+    geometry = Geometry(config.layers, config.heads, config.head_dim, grid)
+    return Backbone("tiny", tiny.dit, WordEncoder(tiny.words), TinyCodec(tiny), geometry, shape, (width, height), mark)

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from hforce.models.taehv import TAEHV
+from hforce.models.tiny import WORD_INDEX
 from hforce.toy.world import PIXELS, SLOTS, Scene, position, presence, render
 
 FRAMES = 81  # video frames of a clip: 5 s
 LATENTS = 21
 REACH = 6.0  # pixels around an object's edge that still count as the object when a loss is weighted
 
-VOCABULARY = tuple((slot, word) for slot, words in SLOTS.items() for word in words)
-WORD_INDEX = {pair: index for index, pair in enumerate(VOCABULARY)}
-
 
 def word_ids(words: dict[str, str]) -> list[int]:
-    """A complete prompt -> one index into VOCABULARY per slot, in the order of SLOTS."""
+    """A complete prompt -> one index into the vocabulary per slot, in the order of SLOTS."""
     return [WORD_INDEX[slot, words[slot]] for slot in SLOTS]
 
 

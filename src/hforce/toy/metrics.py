@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hforce.toy.reading import PATHS, Reading, motion_error, read_frames
+from hforce.toy.motion import PATHS, path_error
+from hforce.toy.reading import Reading, read_frames
 from hforce.toy.world import FPS, LOOP, MARGIN, PIXELS, SPEEDS, Scene
 
 __all__ = ["Reading", "Scores", "drift", "read_frames", "score"]
@@ -59,26 +60,25 @@ class Scores:
 def score(reading: Reading, words: Mapping[str, str] | Scene, fps: int = FPS) -> Scores:
     """Judge a reading by the words of its prompt (all, or some of them), second by second at `fps` frames a second.
 
-    The first second is the first `fps` frames, for the object those in which it is fully seen. Frames past the last
-    full second count to it.
+    The first second is the first `fps` frames, for the object the first that show what is compared. Frames past the
+    last full second count to it.
     """
     asked = words.words if isinstance(words, Scene) else dict(words)
     always, whole = np.ones(len(reading.x), bool), reading.whole
-    first = np.flatnonzero(whole)[:fps]
     right = {
         "color_right": (_says(reading.color, asked.get("color")), whole),
         "shape_right": (_says(reading.shape, asked.get("shape")), whole),
         "ground_right": (_says(reading.ground, asked.get("ground")), always),
         "pattern_right": (_says(reading.pattern, asked.get("pattern")), always),
         "one_object": _one_object(reading, asked),
-        "mark_kept": (_says(reading.mark, _commonest(reading.mark[first])), whole),
+        "mark_kept": (_says(reading.mark, _commonest(reading.mark[whole][:fps])), whole),
         "ghosts": (reading.ghosts, always),
         "residual": (reading.residual, always),
         "ground_error": (_ground_error(reading, fps), always),
-        "sharpness": (reading.sharpness / _middle(reading.sharpness[first]), whole),
+        "sharpness": (reading.sharpness / _middle(reading.sharpness, fps), always),
     }
-    hue_error = np.abs(_turned(reading.hue - _middle_hue(reading.hue[first])))
-    size_error = np.abs(reading.size - _middle(reading.size[first]))
+    hue_error = np.abs(_turned(reading.hue - _middle_hue(reading.hue[whole], fps)))
+    size_error = np.abs(reading.size - _middle(reading.size, fps))
     right |= {"hue_error": (hue_error, whole), "size_error": (size_error, whole)}
     right |= {"hue_kept": (_within(hue_error, HUE_TOLERANCE), whole)}
     right |= {"size_kept": (_within(size_error, SIZE_TOLERANCE), whole)}
@@ -129,7 +129,7 @@ def _motion_right(reading: Reading, asked: Mapping[str, str], fps: int) -> Array
     """1 for each second whose movement fits the asked motion, speed and lane, else 0; nan if none of them was asked."""
     said = [asked.get(slot) for slot in ("motion", "speed", "lane")]
     fitting = [path for path in PATHS if all(want in (None, have) for want, have in zip(said, path, strict=True))]
-    error = np.min([motion_error(reading.x, reading.y, path, fps) for path in fitting], axis=0)
+    error = np.min([path_error(reading.x, reading.y, path, fps) for path in fitting], axis=0)
     return np.where(any(said), error <= MOTION_TOLERANCE, np.nan)
 
 
@@ -142,26 +142,30 @@ def _ground_error(reading: Reading, fps: int) -> Array:
 
 def _turned(degrees: Array) -> Array:
     """An angle as the shortest turn, -180..180 degrees."""
-    return (degrees + 180) % 360 - 180
+    turned: Array = (degrees + 180) % 360 - 180
+    return turned
 
 
-def _middle_hue(hue: Array) -> float:
-    """The median of a few hues in degrees, which may lie on both sides of 0; nan if there is none."""
-    known = hue[np.isfinite(hue)]
+def _middle_hue(hue: Array, fps: int) -> float:
+    """The median of the first second's hues in degrees, which may lie on both sides of 0; nan if there is none."""
+    known = hue[np.isfinite(hue)][:fps]
     return float(known[0] + np.median(_turned(known - known[0]))) if len(known) else np.nan
 
 
-def _middle(values: Array) -> float:
-    known = values[np.isfinite(values)]
+def _middle(values: Array, fps: int) -> float:
+    """The median of the first second in which they are known; nan if they never are."""
+    known = values[np.isfinite(values)][:fps]
     return float(np.median(known)) if len(known) else np.nan
 
 
 def _commonest(words: Array) -> str | None:
+    """The word that is there most often; None if there is none."""
     known, counts = np.unique(words, return_counts=True)
     return str(known[counts.argmax()]) if len(known) else None
 
 
 def _mean(values: Array) -> float:
+    """The mean of the values that are known; nan if none is."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else np.nan
 
@@ -173,4 +177,5 @@ def _each_second(value: Array, counted: Array, fps: int) -> Array:
     good = counted & np.isfinite(value)
     amount = np.bincount(second, good, seconds)
     total = np.bincount(second, np.where(good, value, 0), seconds)
-    return np.divide(total, amount, out=np.full(seconds, np.nan), where=amount > 0)
+    mean: Array = np.divide(total, amount, out=np.full(seconds, np.nan), where=amount > 0)
+    return mean

@@ -7,33 +7,25 @@ is cut out, the three shapes are drawn at the measured centre and size, and the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hforce.errors import DataError
+from hforce.toy.motion import likeliest_path
 from hforce.toy.world import (
     CELL,
-    FPS,
     GROUNDS,
     HUES,
-    LOOP,
-    MARGIN,
     MARK_COLORS,
     MARK_RADIUS,
-    ORBIT,
     PIXELS,
     SHADE,
     SLOTS,
-    SPEEDS,
     SQUARE_HALF,
     TRIANGLE_INNER,
-    Scene,
     distance,
-    position,
-    presence,
 )
 
 BATCH = 256  # video frames read at once: bounds memory
@@ -48,12 +40,8 @@ WHOLE = 0.97  # visible fraction from which an object counts as fully in the pic
 COMMON_SIZE = 8.5  # pixels: taken for a cut object that was never seen whole
 AREAS = {"circle": np.pi, "square": 4 * SQUARE_HALF**2, "triangle": 3 * np.sqrt(3) * TRIANGLE_INNER**2}  # at size 1
 PAD = 16  # pixels around the picture in which the search for a cut object may put its centre
-MOTION_WINDOW = 64  # video frames that a motion is judged by: long enough to show a turn of the slow ones
-MOTION_CAP = 8.0  # pixels: the most that one frame can count against a motion
 
 Array = NDArray[Any]
-Path = tuple[str, str, str]  # motion, speed, lane
-PATHS: tuple[Path, ...] = tuple(product(SLOTS["motion"], SLOTS["speed"], SLOTS["lane"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +51,9 @@ class Reading:
     cells [T, 4, 3] RGB in 0..255 of the four quarters of the background's 8 x 8 tile; ground, pattern [T] its words;
     tint [T] its brightness over the word's; objects [T] how many there are; ghosts [T] the area of all but the main
     one, in areas of the main one; visible [T] the fraction of the main one inside the picture; color, shape, mark [T]
-    its words; hue [T] in degrees 0..360; size, x, y [T] in pixels; sharpness [T] steepness of its edge; residual [T]
-    rms 0..1 between the frame and its re-synthesis. motion, speed, lane are the words that fit the whole clip best.
+    its words; hue [T] in degrees 0..360; size [T] in pixels and sharpness [T], the steepness of its edge, where it is
+    in plain view; x, y [T] in pixels; residual [T] rms 0..1 between the frame and its re-synthesis.
+    motion, speed, lane are the words that fit the whole clip best.
     """
 
     cells: Array
@@ -102,38 +91,8 @@ def read_frames(video: NDArray[np.uint8]) -> Reading:
         raise DataError(f"the judge reads uint8 [T, {PIXELS}, {PIXELS}, 3], got {video.dtype} {list(video.shape)}")
     parts = [_read(video[begin : begin + BATCH]) for begin in range(0, len(video), BATCH)]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    errors = [np.square(motion_error(arrays["x"], arrays["y"], path)).sum() for path in PATHS]
-    motion, speed, lane = PATHS[int(np.argmin(errors))]
+    motion, speed, lane = likeliest_path(arrays["x"], arrays["y"])
     return Reading(**arrays, motion=motion, speed=speed, lane=lane)
-
-
-def motion_error(x: Array, y: Array, path: Path, fps: int = FPS) -> Array:
-    """How far centres x, y [T] (nan = not seen) are from a path at its best phase: rms pixels, float [seconds].
-
-    Each second is judged by the 64 frames around it with a phase of its own, so a small error of speed does not pile up
-    over a long video. Not seeing the object where the path shows it, or the reverse, costs as much as 8 pixels.
-    """
-    track, shown = _track(path)
-    seen = np.isfinite(x)
-    squared = np.square(track[:, :1] - np.where(seen, x, 0)) + np.square(track[:, 1:] - np.where(seen, y, 0))
-    cost = np.where(seen, np.minimum(squared, MOTION_CAP**2), MOTION_CAP**2 * shown[:, None])
-    t = np.arange(len(x))
-    phased = cost[(np.arange(len(track))[:, None] + t) % len(track), t]
-    total = np.pad(np.cumsum(phased, axis=1), ((0, 0), (1, 0)))
-    length = min(MOTION_WINDOW, len(x))
-    middle = (np.arange(max(1, len(x) // fps)) + 0.5) * fps
-    begin = np.clip(middle - length / 2, 0, len(x) - length).astype(np.int64)
-    error: Array = np.sqrt((total[:, begin + length] - total[:, begin]).min(axis=0) / length)
-    return error
-
-
-def _track(path: Path) -> tuple[Array, Array]:
-    """One round of a path: centres [P, 2] a frame apart, and the visible fraction [P] of an object on it."""
-    motion, speed, lane = path
-    scene = Scene(speed, "red", "circle", lane, motion, "first", "green", "plain")
-    around = {"p": LOOP, "b": 2 * (PIXELS - 2 * MARGIN), "c": 2 * np.pi * ORBIT}[motion[0]]
-    t = np.arange(round(around / SPEEDS[speed]))
-    return np.stack(position(scene, t), axis=1), presence(scene, t)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +106,7 @@ class _Figure:
     size: Array  # [T] pixels, as are x and y
     x: Array
     y: Array
+    plain: Array  # [T] bool: in plain view, so that size is a measurement
     outline: Array  # [T, 64, 64] signed distance from the fitted outline; nan = no object
 
 
@@ -155,13 +115,13 @@ def _read(video: NDArray[np.uint8]) -> dict[str, Array]:
     pixels = video.astype(np.float32)
     tile = _tile(video)
     cells = tile.reshape(-1, 2, CELL, 2, CELL, 3)[:, :, 1:-1, :, 1:-1].mean((2, 4)).reshape(-1, 4, 3)
-    figure = _figure(pixels, np.tile(tile, (1, PIXELS // (2 * CELL), PIXELS // (2 * CELL), 1)))
+    figure = _figure(pixels, _tiled(tile))
     cover = np.nan_to_num(np.clip(0.5 - figure.outline, 0, 1))
     area = np.nan_to_num(figure.size**2 * _per_word(figure.shape, AREAS), nan=AREAS["circle"] * COMMON_SIZE**2)
     visible = np.minimum(cover.sum((1, 2)) / area, 1)
     whole = visible >= WHOLE
     others = [[_area(blob) for blob in _blobs(rest)] for rest in figure.rest]
-    dot = np.clip(0.5 + MARK_RADIUS * figure.size[:, None, None] - _radius(figure), 0, 1)
+    dot = np.clip(0.5 + MARK_RADIUS * figure.size[:, None, None] - _radius(figure), 0, 1).astype(np.float32)
     mark, mark_paint = _marks(pixels, figure)
     color, hue = _color_words(figure.paint)
     drawn = _over(_over(_spread(cells), figure.paint, cover), mark_paint, np.minimum(dot, cover))
@@ -175,10 +135,10 @@ def _read(video: NDArray[np.uint8]) -> dict[str, Array]:
         "shape": np.where(whole, figure.shape, ""),
         "mark": np.where(whole, mark, ""),
         "hue": hue,
-        "size": np.where(whole, figure.size, np.nan),
+        "size": np.where(figure.plain, figure.size, np.nan),
         "x": figure.x,
         "y": figure.y,
-        "sharpness": np.where(whole, _steepness(figure.alpha) / np.sqrt(area), np.nan),
+        "sharpness": np.where(figure.plain, _steepness(figure.alpha) / np.sqrt(area), np.nan),
         "residual": np.sqrt(np.mean(np.square(pixels - drawn), axis=(1, 2, 3))) / 255,
     }
 
@@ -189,19 +149,27 @@ def _read(video: NDArray[np.uint8]) -> dict[str, Array]:
 def _tile(video: NDArray[np.uint8]) -> Array:
     """The background's repeating tile: the median over its 64 places, float32 [T, 8, 8, 3]. An object covers few."""
     side, count = 2 * CELL, PIXELS // (2 * CELL)
-    places = video.reshape(-1, count, side, count, side, 3).transpose(0, 2, 4, 5, 1, 3).reshape(len(video), -1, count**2)
-    middle = np.partition(places, (count**2 // 2 - 1, count**2 // 2), axis=-1)[..., count**2 // 2 - 1 : count**2 // 2 + 1]
-    return middle.mean(-1, dtype=np.float32).reshape(-1, side, side, 3)
+    places = (
+        video.reshape(-1, count, side, count, side, 3).transpose(0, 2, 4, 5, 1, 3).reshape(len(video), -1, count**2)
+    )
+    middle = (count**2 // 2 - 1, count**2 // 2)
+    tile: Array = np.partition(places, middle, axis=-1)[..., middle].mean(-1, dtype=np.float32)
+    return tile.reshape(-1, side, side, 3)
 
 
 def _spread(cells: Array) -> Array:
     """The background with these four tones and sharp edges: [T, 4, 3] -> [T, 64, 64, 3]."""
-    tile = cells.reshape(-1, 2, 2, 3).repeat(CELL, 1).repeat(CELL, 2)
-    return np.tile(tile, (1, PIXELS // (2 * CELL), PIXELS // (2 * CELL), 1))
+    return _tiled(cells.reshape(-1, 2, 2, 3).repeat(CELL, 1).repeat(CELL, 2))
+
+
+def _tiled(tile: Array) -> Array:
+    """Pictures [T, 64, 64, 3] that repeat tiles [T, 8, 8, 3]."""
+    count = PIXELS // (2 * CELL)
+    return np.tile(tile, (1, count, count, 1))
 
 
 def _ground_words(cells: Array) -> dict[str, Array]:
-    """Words and tint of a background [T, 4, 3]: its pattern by the contrast of its quarters, its colour by the nearest."""
+    """Words and tint of a background [T, 4, 3]: pattern by the contrast of its quarters, colour by the nearest."""
     light = cells.mean(-1)
     signs = np.array([[1, -1, 1, -1], [1, -1, -1, 1], [1, 1, -1, -1]])  # stripes, checks, stripes lying down
     contrast = light @ signs.T / light.sum(-1, keepdims=True).clip(1)  # (1 - SHADE) / (1 + SHADE) for the full pattern
@@ -230,9 +198,9 @@ def _figure(pixels: Array, ground: Array) -> _Figure:
     main = np.stack([_largest(each) for each in mask])
     paint = np.stack([_paint(frame[each]) for frame, each in zip(pixels, main, strict=True)])
     alpha = _coverage(away, paint[:, None, None] - ground, main, mask & ~main)
-    shape, size, x, y = _fit(alpha)
+    shape, size, x, y, plain = _fit(alpha)
     outline = _outline(shape, size, x, y)
-    return _Figure(mask & ~(outline <= SPARE), paint, alpha, shape, size, x, y, outline)
+    return _Figure(mask & ~(outline <= SPARE), paint, alpha, shape, size, x, y, plain, outline)
 
 
 def _blobs(mask: Array) -> list[Blob]:
@@ -286,23 +254,25 @@ def _paint(colors: Array) -> Array:
 def _coverage(away: Array, toward: Array, main: Array, others: Array) -> Array:
     """Coverage [T, 64, 64] in 0..1 of the main object: how far each pixel is on its way from background to paint.
 
-    The mark is filled in: a pixel between covered ones, in its row and in its column, is covered (all shapes are convex).
+    The mark is filled in: a pixel between covered ones in its row and in its column is covered (shapes are convex).
     """
     along = np.einsum("tyxc,tyxc->tyx", away, toward) / np.einsum("tyxc,tyxc->tyx", toward, toward).clip(1)
-    near = _grown(main.any(2))[:, :, None] & _grown(main.any(1))[:, None, :] & ~others
+    near = _grown(np.any(main, 2))[:, :, None] & _grown(np.any(main, 1))[:, None, :] & ~others
     alpha = np.where(near & (along > FAINT), along.clip(0, 1), 0).astype(np.float32)
     between = []
     for axis in (1, 2):
         before = np.maximum.accumulate(alpha, axis=axis)
         after = np.flip(np.maximum.accumulate(np.flip(alpha, axis), axis=axis), axis)
         between.append(np.minimum(before, after))
-    return np.minimum(*between)
+    filled: Array = np.minimum(*between)
+    return filled
 
 
 def _grown(line: Array) -> Array:
     """A row or column mask [T, 64], two pixels wider on both sides."""
     wide = np.pad(line, ((0, 0), (2, 2)))
-    return np.logical_or.reduce([wide[:, shift : shift + PIXELS] for shift in range(5)])
+    grown: Array = np.logical_or.reduce([wide[:, shift : shift + PIXELS] for shift in range(5)])
+    return grown
 
 
 def _outline(shape: Array, size: Array, x: Array, y: Array) -> Array:
@@ -317,8 +287,8 @@ def _outline(shape: Array, size: Array, x: Array, y: Array) -> Array:
     return outline
 
 
-def _fit(alpha: Array) -> tuple[Array, Array, Array, Array]:
-    """Shape word, size, x, y, each [T], of coverages [T, 64, 64]; "" and nan where there is none.
+def _fit(alpha: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Shape word, size, x, y, and whether in plain view, each [T], of coverages [T, 64, 64]; "" and nan = no object.
 
     An object in plain view has its centre at the centroid and its size from the area. One that is cut by the edge, or
     melted into another, is searched for at the size of the nearest frame in plain view.
@@ -331,19 +301,26 @@ def _fit(alpha: Array) -> tuple[Array, Array, Array, Array]:
     error = np.stack([_misfit(alpha, word, size, x, y) for word, size in zip(SLOTS["shape"], sizes, strict=True)])
     best = np.where(there, error.argmin(0), 0)
     size = np.choose(best, sizes)
-    rim = np.maximum(alpha[:, :, [0, -1]].max((1, 2)), alpha[:, [0, -1]].max((1, 2)))
-    plain = np.flatnonzero(there & (error.min(0) < POOR * area) & (rim < 0.5))
-    for t in np.flatnonzero(there & ~np.isin(np.arange(len(area)), plain)):
-        scale = size[plain[np.abs(plain - t).argmin()]] if len(plain) else COMMON_SIZE
+    plain = there & (error.min(0) < POOR * area) & (_rim(alpha) < 0.5)
+    known = np.flatnonzero(plain)
+    for t in np.flatnonzero(there & ~plain):
+        scale = size[known[np.abs(known - t).argmin()]] if len(known) else COMMON_SIZE
         best[t], x[t], y[t] = _search(alpha[t], scale)
         size[t] = scale
-    return np.where(there, np.array(SLOTS["shape"])[best], ""), size, x, y
+    return np.where(there, np.array(SLOTS["shape"])[best], ""), size, x, y, plain
+
+
+def _rim(cover: Array) -> Array:
+    """The largest coverage [T] on the edge of the picture: from one half, the object is cut there, or as good as."""
+    rim: Array = np.maximum(cover[:, :, [0, -1]].max((1, 2)), cover[:, [0, -1]].max((1, 2)))
+    return rim
 
 
 def _misfit(alpha: Array, word: str, size: Array, x: Array, y: Array) -> Array:
     """Squared error [T], in pixels, between coverages [T, 64, 64] and one shape drawn at size, x, y [T]."""
     drawn = np.clip(0.5 - _outline(np.full(len(x), word), size, x, y), 0, 1)
-    return np.einsum("tyx,tyx->t", alpha - drawn, alpha - drawn)
+    error: Array = np.einsum("tyx,tyx->t", alpha - drawn, alpha - drawn)
+    return error
 
 
 def _search(alpha: Array, size: float) -> tuple[int, float, float]:
@@ -358,7 +335,7 @@ def _search(alpha: Array, size: float) -> tuple[int, float, float]:
         match = np.fft.irfft2(have * np.fft.rfft2(drawn).conj(), (side, side))
         amount = np.fft.irfft2(where * np.fft.rfft2(drawn**2).conj(), (side, side))
         error = amount - 2 * match
-        y, x = np.unravel_index(error.argmin(), error.shape)
+        y, x = divmod(int(error.argmin()), side)
         column, row = error[:, x], error[y]
         found.append((error[y, x], number, x + _dip(row, x) - PAD, y + _dip(column, y) - PAD))
     return min(found)[1:]
@@ -394,7 +371,8 @@ def _color_words(paint: Array) -> tuple[Array, Array]:
 def _radius(figure: _Figure) -> Array:
     """Distance [T, 64, 64] of every pixel from the object's centre."""
     centers = np.arange(PIXELS, dtype=np.float32) + 0.5
-    radius: Array = np.hypot(centers - figure.x[:, None, None], centers[:, None] - figure.y[:, None, None])
+    x, y = (axis[:, None, None].astype(np.float32) for axis in (figure.x, figure.y))
+    radius: Array = np.hypot(centers - x, centers[:, None] - y)
     return radius
 
 
@@ -410,10 +388,12 @@ def _marks(pixels: Array, figure: _Figure) -> tuple[Array, Array]:
 
 def _over(under: Array, color: Array, cover: Array) -> Array:
     """Colours [T, 3] painted over pictures [T, 64, 64, 3] as far as cover [T, 64, 64] goes."""
-    return under + np.nan_to_num(cover)[..., None] * (np.nan_to_num(color)[:, None, None] - under)
+    painted: Array = under + np.nan_to_num(cover)[..., None] * (np.nan_to_num(color)[:, None, None] - under)
+    return painted
 
 
 def _steepness(alpha: Array) -> Array:
     """Sum [T] of the squared slope of coverages [T, 64, 64]: the steeper the edge, the more."""
     down, across = alpha[:, 2:] - alpha[:, :-2], alpha[:, :, 2:] - alpha[:, :, :-2]
-    return np.einsum("tyx,tyx->t", down, down) + np.einsum("tyx,tyx->t", across, across)
+    slope: Array = np.einsum("tyx,tyx->t", down, down) + np.einsum("tyx,tyx->t", across, across)
+    return slope

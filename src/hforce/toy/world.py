@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,7 +45,7 @@ GROUNDS = {  # RGB 0..255
 MARK_COLORS = {"white": (246, 246, 246), "black": (10, 10, 10)}
 HUE_SHIFT, SIZES, TINTS = 9.0, (7.0, 10.0), (0.85, 1.15)  # the ranges of what is not said: degrees, pixels, factor
 
-CELL = 4  # pixels a stripe is wide and a check is wide and high: both repeat every 8 pixels, always from the corner
+CELL = 8  # pixels a stripe is wide and a check is wide and high: both repeat every 16 pixels, always from the corner
 SHADE = 0.62  # the second tone of a pattern
 MARK_RADIUS = 0.4  # of the object's size, which is the radius of a circle
 SQUARE_HALF = 0.88  # half the side of a square, in sizes: about as large as the circle
@@ -60,7 +61,7 @@ QUARTERS = {word: quarter for quarter, word in enumerate(SLOTS["start"])}
 WINDOW = 28  # side of the square in which an object is drawn: the largest and its soft edge fit
 
 Prompt = dict[str, str]  # slot -> one of its words; may be partial
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 
 class Random(Protocol):
@@ -289,8 +290,8 @@ def presence(scene: Scene, t: ArrayLike) -> Floats:
     """Fraction 0..1 of the object's area that lies inside the picture at video frame t; has the shape of t."""
     x, y = (np.atleast_1d(axis).ravel() for axis in position(scene, t))
     alpha, left, top = cover(scene.shape, scene.size, x, y)
-    near = np.arange(WINDOW)
-    in_x, in_y = ((0 <= near + corner[:, None]) & (near + corner[:, None] < PIXELS) for corner in (left, top))
+    columns, rows = (corner[:, None] + np.arange(WINDOW) for corner in (left, top))
+    in_x, in_y = ((line >= 0) & (line < PIXELS) for line in (columns, rows))
     seen: Floats = (alpha * in_x[:, None, :] * in_y[:, :, None]).sum((1, 2)) / alpha.sum((1, 2))
     return seen.reshape(np.shape(t))
 
@@ -328,7 +329,7 @@ def distance(shape: str, size: float | Floats, dx: Floats, dy: Floats) -> Floats
     elif shape == "square":
         outline = np.maximum(np.abs(dx), np.abs(dy)) - SQUARE_HALF * size
     else:
-        slope = np.sqrt(0.75) * np.abs(dx) - 0.5 * dy  # the two upper sides of an equilateral triangle
+        slope = math.sqrt(0.75) * np.abs(dx) - 0.5 * dy  # the two upper sides of an equilateral triangle
         outline = np.maximum(slope, dy) - TRIANGLE_INNER * size
     return outline
 

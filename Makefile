@@ -1,0 +1,62 @@
+# hforce: `make help` lists what there is.
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+# glibc otherwise gives memory back between steps and faults it in again: 2.5 times slower training.
+MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 OMP_WAIT_POLICY=PASSIVE
+DEMO   := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-gpu lint fmt types check tiny demo bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## a virtual environment with hforce and its tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@found=; for name in python3.13 python3.12 python3.11 python3; do \
+	  if $$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then found=$$name; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "hforce needs Python 3.11 or newer with venv; none of python3.13, python3.12, python3.11, python3 is that." >&2; \
+	  echo "Install one (for example: apt install python3.11-venv, or brew install python) and run make again." >&2; \
+	  exit 1; fi; \
+	$(PYTHON) -c '' 2>/dev/null || $$found -m venv $(VENV)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+test: $(STAMP) ## the tests that need no GPU
+	@$(PYTHON) -m pytest
+
+test-gpu: $(STAMP) ## the tests that need a GPU
+	@$(PYTHON) -m pytest -m gpu
+
+lint: $(STAMP) ## ruff check
+	@$(PYTHON) -m ruff check .
+
+fmt: $(STAMP) ## ruff format
+	@$(PYTHON) -m ruff format .
+
+types: $(STAMP) ## mypy
+	@$(PYTHON) -m mypy
+
+check: lint types test ## all of these
+
+tiny: $(STAMP) ## train the tiny model again
+	@$(MALLOC) $(PYTHON) -m hforce.toy.train
+
+demo: $(STAMP) ## a one-minute video from the tiny model
+	@$(VENV)/bin/hforce generate --prompt-file prompts/demo.txt --duration 60s -o $(DEMO)
+	@find $(DEMO) -path '*/work' -prune -o \( -name '*.mp4' -o -name '*.png' \) -print
+
+bench: $(STAMP) ## compare caches on the tiny model
+	@$(VENV)/bin/hforce bench
+
+wheel: $(STAMP) ## dist/hforce-*.whl
+	@$(PYTHON) -m build --wheel
+
+clean: ## remove what tools left, but neither .venv nor outputs
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,146 @@
+"""The only place where a Config becomes objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hforce.cache.heads import HeadCache
+from hforce.cache.policies import fits, make_policy
+from hforce.cache.policy import CachePolicy
+from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
+from hforce.config import CacheConfig, Config, SampleConfig
+from hforce.errors import DataError, InputError
+from hforce.geometry import Geometry
+from hforce.models.base import Backbone
+from hforce.models.registry import load_backbone
+from hforce.prompts import Shot
+from hforce.resources import resource
+from hforce.sampler import make_steps
+from hforce.stream import Sampling, Stream, Switch, Take, seeded
+from hforce.units import parse_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A video cut into chunks: `chunks` per shot; `frames` video frames in all."""
+
+    chunks: tuple[int, ...]
+    frames: int
+
+    @property
+    def total(self) -> int:
+        """Chunks in all."""
+        return sum(self.chunks)
+
+
+def build_backbone(config: Config) -> Backbone:
+    """The model of a configuration. Sets the number of CPU threads if one is asked for."""
+    model = config.model
+    if model.threads:
+        torch.set_num_threads(model.threads)
+    return load_backbone(
+        model.name, model.checkpoint, parse_size(model.size) if model.size else None, model.device, model.dtype
+    )
+
+
+def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | None = None) -> Stream:
+    """A stream for a video of so many chunks. Reorders the heads of the backbone's model to suit its roles."""
+    roles = build_roles(config.cache, backbone)
+    order = head_order(roles)
+    backbone.model.order_heads(order)
+    ordered = RoleMap(tuple(tuple(roles.at(layer, head) for head in row) for layer, row in enumerate(order)))
+    cache = build_cache(config.cache, backbone, ordered, chunks)
+    return Stream(
+        backbone.model,
+        cache,
+        build_sampling(config.sample),
+        backbone.shape,
+        seeded(config.sample.seed if seed is None else seed),
+        Switch(config.cache.switch, config.cache.recache_frames),
+    )
+
+
+def build_sampling(sample: SampleConfig) -> Sampling:
+    """The denoising steps."""
+    steps, first = (make_steps(s, sample.shift, sample.warp) for s in (sample.steps, sample.first_steps))
+    return Sampling(steps, first, commit_timestep=float(sample.context_noise))
+
+
+def build_roles(cache: CacheConfig, backbone: Backbone) -> RoleMap:
+    """The role of every head: from the profile, or one of the controls made from it."""
+    layers, heads = backbone.geometry.layers, backbone.geometry.heads
+    if cache.roles == "uniform":
+        return RoleMap.uniform(HeadRole.MEMORY, layers, heads)
+    profile = build_profile(cache, backbone)
+    if cache.roles == "inverse":
+        return profile.inverse()
+    if cache.roles.startswith("random:"):
+        return profile.role_map().shuffled(int(cache.roles.removeprefix("random:")))
+    return profile.role_map()
+
+
+def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
+    """The profile named, or the one that comes with the model. Raises DataError if it belongs to another model."""
+    try:
+        path = Path(cache.profile) if cache.profile else resource(f"profiles/{backbone.name}.json")
+    except InputError as error:
+        raise InputError(
+            f"no head profile comes with model {backbone.name!r}",
+            f"measure one with: hforce profile --model {backbone.name} -o FILE, then pass --profile FILE",
+        ) from error
+    profile = load_profile(path)
+    check_model(profile, backbone.fingerprint, backbone.geometry.layers, backbone.geometry.heads)
+    return profile
+
+
+def build_cache(cache: CacheConfig, backbone: Backbone, roles: RoleMap, chunks: int) -> HeadCache:
+    """The cache, its memory allocated. `chunks` sizes the policy that keeps everything."""
+    geometry = backbone.geometry
+    policies = {role: build_policy(cache, role, geometry, chunks) for role in HeadRole}
+    weight = backbone.model.patch_embedding.weight
+    return HeadCache(geometry, roles, policies, weight.dtype, str(weight.device))
+
+
+def build_policy(cache: CacheConfig, role: HeadRole, geometry: Geometry, chunks: int) -> CachePolicy:
+    """The policy of one role, with its options checked against the model's span."""
+    chosen = getattr(cache, role.value)
+    options = dict(chosen.options)
+    if chosen.policy == "full":
+        options.setdefault("frames", chunks * geometry.chunk)
+    policy = make_policy(chosen.policy, **options)
+    fits(policy, geometry.chunk, geometry.span, role.value)
+    return policy
+
+
+def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbone) -> Plan:
+    """Cuts a script into chunks: the end is moved up to a whole chunk, changes of prompt to the nearest one.
+
+    Raises DataError when two prompts would begin in the same chunk, or one after the end.
+    """
+    stride, chunk = backbone.codec.stride, backbone.geometry.chunk
+    latents = math.ceil((math.ceil(seconds * fps) - 1) / stride) + 1
+    total = math.ceil(latents / chunk)
+    starts, moment = [], 0.0
+    for shot in shots:
+        starts.append(round(moment * fps / (stride * chunk)))
+        moment += shot.seconds or 0.0
+    counts = tuple(after - before for before, after in zip(starts, [*starts[1:], total], strict=True))
+    if min(counts) < 1:
+        late = next(i for i, count in enumerate(counts) if count < 1)
+        raise DataError(
+            f"prompt {late + 1} of {len(shots)} would last less than a chunk of {stride * chunk / fps:g}s",
+            "give each prompt at least that long, or make the video longer",
+        )
+    return Plan(counts, stride * (total * chunk - 1) + 1)
+
+
+def build_script(shots: Sequence[Shot], plan: Plan, backbone: Backbone) -> list[Take]:
+    """The shots as the stream plays them, their prompts encoded."""
+    return [Take(backbone.encode_text(shot.prompt), n) for shot, n in zip(shots, plan.chunks, strict=True)]
+
+

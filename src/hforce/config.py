@@ -1,0 +1,343 @@
+"""What can be set, with which default, and how presets, files and --set change it."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hforce.errors import ConfigError, UsageError
+from hforce.resources import resource
+from hforce.rules import Rule, each, falling, nearest, one_of, seconds, size, within
+from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
+
+COMMAND_LINE = "--set"
+
+
+@dataclass
+class ModelConfig:
+    """Which model, from where, and on what it runs."""
+
+    name: str = "tiny"
+    checkpoint: str = ""  # file or folder of weights; empty: the packaged ones
+    size: str = ""  # "832x480", width x height in pixels; empty: the model's own
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0  # of the CPU; 0: torch's choice
+
+
+@dataclass
+class RolePolicy:
+    """Which policy the heads of one role follow, and its options."""
+
+    policy: str = "memory"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CacheConfig:
+    """How the heads remember: who has which role, and what each role keeps."""
+
+    setup: str = "head-forcing"  # a named bundle of the settings below: see SETUPS
+    roles: str = "profile"  # profile, inverse, uniform (every head is a memory head) or random:SEED
+    profile: str = ""  # a file; empty: the model's packaged one
+    switch: str = "recache"  # what happens to the past at a new prompt: keep, flush or recache
+    recache_frames: int = 6  # latent frames made anew under the new prompt
+    local: RolePolicy = field(default_factory=lambda: RolePolicy("local"))
+    anchor: RolePolicy = field(default_factory=lambda: RolePolicy("anchor"))
+    memory: RolePolicy = field(default_factory=lambda: RolePolicy("memory"))
+
+
+@dataclass
+class SampleConfig:
+    """How one chunk is denoised. The defaults are Self-Forcing's (arXiv 2506.08009)."""
+
+    steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # timesteps in 1..1000, falling
+    first_steps: list[int] = field(default_factory=list)  # of the first chunk; empty: as `steps`
+    warp: bool = True  # look the timesteps up in the shifted schedule
+    shift: float = 5.0
+    context_noise: int = 0  # timestep 0..1000 at which the finished chunk is written to the cache
+    seed: int = 0
+
+
+@dataclass
+class VideoConfig:
+    """The video file."""
+
+    seconds: float = 60.0
+    fps: int = 16
+    crf: int = 18
+    preset: str = "medium"  # of x264
+    upscale: int = 4  # whole-number enlargement for viewing, nearest neighbour
+    contact_sheet: bool = True
+
+
+@dataclass
+class ProfileConfig:
+    """How head roles are measured."""
+
+    prompts: str = ""  # prompt file; empty: the packaged one
+    seeds: list[int] = field(default_factory=lambda: [0])
+    mode: str = "native21"  # native21: within the trained span; rolling30: in 30 s roll-outs
+    anchor: float = 0.25  # share of all heads (quantile) or attention mass (absolute)
+    local: float = 0.20  # share of the heads that are not anchors, or attention mass
+    sink_frames: int = 1
+    query_stride: int = 1  # every n-th token asks
+    threshold: str = "quantile"
+    min_vote: float = 0.0  # heads on which fewer prompts agree become memory heads
+
+
+@dataclass
+class BenchConfig:
+    """What `hforce bench` compares."""
+
+    setups: list[str] = field(default_factory=lambda: ["window", "sink", "full", "head-forcing"])
+    prompts: str = ""  # prompt file; empty: the packaged one
+    seconds: float = 60.0
+    seed: int = 0
+    warmup: int = 2  # chunks that are not timed
+
+
+@dataclass
+class Config:
+    """Everything that can be set, by section."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+def _uniform(policy: str, **options: Any) -> Mapping[str, Any]:
+    return MappingProxyType({"roles": "uniform", "memory": RolePolicy(policy, options)})
+
+
+# Named bundles: what each changes in CacheConfig. "uniform" gives every head the mean budget of head-forcing:
+# 15 % local 3, 25 % anchor 3 and 60 % memory 12 frames of the past are 8.4 in the mean, rounded up in its favour.
+SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "head-forcing": MappingProxyType({}),
+    "random": MappingProxyType({"roles": "random:0"}),
+    "inverse": MappingProxyType({"roles": "inverse"}),
+    "uniform": _uniform("sink", sink=3, window=6),
+    "sink": _uniform("sink"),
+    "window": _uniform("window"),
+    "full": _uniform("full"),
+})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that somebody set: dotted `path`, `value`, and `origin` ("run.yaml:3" or "--set")."""
+
+    path: str
+    value: Any
+    origin: str
+
+
+_SEED = within(0, 2**63 - 1)
+_SETUP = one_of(*SETUPS)
+_SPEEDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+_RULES: Mapping[str, Rule] = MappingProxyType({
+    "model.size": size,
+    "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
+    "model.device": one_of("auto", "cpu", "cuda", "mps", also=r"cuda:\d{1,3}", shown="cuda:N"),
+    "model.threads": within(0, 1024),
+    "cache.setup": _SETUP,
+    "cache.roles": one_of("profile", "inverse", "uniform", also=r"random:\d{1,18}", shown="random:SEED"),
+    "cache.switch": one_of("keep", "flush", "recache"),
+    "cache.recache_frames": within(0, 1000, " latent frames"),
+    "sample.steps": falling(1),
+    "sample.first_steps": falling(0),
+    "sample.shift": within(0.01, 100),
+    "sample.context_noise": within(0, 1000),
+    "sample.seed": _SEED,
+    "video.seconds": seconds,
+    "video.fps": within(1, 240, " frames per second"),
+    "video.crf": within(0, 51),
+    "video.preset": one_of(*_SPEEDS),
+    "video.upscale": within(1, 16),
+    "profile.seeds": each(_SEED),
+    "profile.mode": one_of("native21", "rolling30"),
+    "profile.anchor": within(0, 1),
+    "profile.local": within(0, 1),
+    "profile.sink_frames": within(1, 1000),
+    "profile.query_stride": within(1, 1_000_000),
+    "profile.threshold": one_of("quantile", "absolute"),
+    "profile.min_vote": within(0, 1),
+    "bench.setups": each(_SETUP),
+    "bench.seconds": seconds,
+    "bench.seed": _SEED,
+    "bench.warmup": within(0, 1000, " chunks"),
+})
+
+
+def load_config(preset: str = "tiny", files: Iterable[Path | str] = (), overrides: Iterable[str] = ()) -> Config:
+    """Defaults, changed by the preset, then by the setup it or the user names, then by `files`, then by `overrides`.
+
+    `overrides` are texts "section.key=value" from the command line. All faults are reported together, each with its
+    file and line: UsageError when all of them come from the command line, else ConfigError; InputError for a file
+    that is not there.
+    """
+    packaged = _file_settings(_preset_path(preset))
+    given = [setting for file in files for setting in _file_settings(Path(file))]
+    given += [setting for text in overrides for setting in _override_settings(text)]
+    tree = OmegaConf.structured(Config)
+    faults = [fault for setting in packaged if (fault := _apply(tree, setting))]
+    named = [setting.value for setting in (*packaged, *given) if setting.path == "cache.setup"]
+    for key, value in SETUPS.get(str(named[-1]), {}).items() if named else ():
+        tree.cache[key] = value
+    faults += [fault for setting in given if (fault := _apply(tree, setting))]
+    faults += _broken_references(tree, (*packaged, *given))
+    _report(faults)
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config), "the tree was made from Config"
+    origins = {setting.path: setting.origin for setting in (*packaged, *given)}
+    _report([(origins.get(path, ""), f"{path}: {message}") for path, message in violations(config)])
+    return config
+
+
+def with_setup(config: Config, setup: str) -> Config:
+    """The same configuration under another named setup; settings of roles that the setup leaves alone stay."""
+    if setup == config.cache.setup:
+        return config
+    changes = copy.deepcopy(dict(SETUPS[setup]))
+    undone = {key: getattr(CacheConfig(), key) for key in SETUPS[config.cache.setup]}
+    cache = dataclasses.replace(config.cache, **{"roles": "profile", **undone, **changes, "setup": setup})
+    return dataclasses.replace(config, cache=cache)
+
+
+def describe(config: Config) -> str:
+    """The whole configuration as YAML, as `load_config` reads it."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def violations(config: Config) -> list[tuple[str, str]]:
+    """Every value that cannot be meant: its dotted path, and what was expected."""
+    checks: list[tuple[str, str | None]] = []
+    for path, value in _leaves(config):
+        rule = _RULES.get(path)
+        checks.append((path, rule(value) if rule else None))
+    return [(path, message) for path, message in checks if message]
+
+
+def _preset_path(name: str) -> Path:
+    folder = resource("presets/tiny.yaml").parent
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UsageError(f"no preset {name[:60]!r}{nearest(name, known)}", f"presets: {', '.join(known)}")
+    return folder / f"{name}.yaml"
+
+
+def _file_settings(path: Path) -> list[Setting]:
+    text = read_yaml_text(path)
+    lines = key_lines(text, str(path))
+    return [Setting(key, value, f"{path}:{lines.get(key, 1)}") for key, value in _parse(text, str(path))]
+
+
+def _override_settings(text: str) -> list[Setting]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{COMMAND_LINE} {text[:60]!r}: expected section.key=value", "for example: --set video.crf=23")
+    try:
+        key_lines(f"value: {value}", COMMAND_LINE)
+        parsed = dict(_parse(f"value: {value}", COMMAND_LINE))
+    except ConfigError as error:
+        raise UsageError(f"{COMMAND_LINE} {text[:60]!r}: not a value YAML can read", "quote it") from error
+    return [Setting(key.strip() + path.removeprefix("value"), found, COMMAND_LINE) for path, found in parsed.items()]
+
+
+def _parse(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except yaml.YAMLError as error:
+        raise yaml_error(error, name) from error
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{name}: {reason}") from error
+    return _leaves(tree)
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything below, in order; lists and empty mappings are values."""
+    if dataclasses.is_dataclass(node):
+        node = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    if not isinstance(node, dict) or (prefix and not node):
+        yield prefix, node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _schema(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and type of every key, sections included."""
+    for name, hint in get_type_hints(kind).items():
+        yield prefix + name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _schema(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _apply(tree: DictConfig, setting: Setting) -> tuple[str, str] | None:
+    """Set one value; its origin and what is wrong with it, or None."""
+    schema = dict(_schema())
+    path, options = setting.path, setting.path.partition(".options.")
+    is_option = f"{options[0]}.options" in schema and re.fullmatch(r"[\w.-]*\w", options[2])
+    kind = Any if is_option else schema.get(path)
+    if kind is None:
+        known = [name for name, hint in schema.items() if not dataclasses.is_dataclass(hint)]
+        return setting.origin, f"unknown key {path[:80]!r}{nearest(path, known)}"
+    if setting.value == "???":
+        return setting.origin, f"{path}: still ???; give it a value"
+    if _has_resolver(setting.value):
+        return setting.origin, f"{path}: only plain references such as ${{video.fps}} are read"
+    fits = not (kind is str and not isinstance(setting.value, str))  # OmegaConf would make the text 'False' of no
+    try:
+        if fits:
+            OmegaConf.update(tree, path, setting.value)
+            return None
+    except (OmegaConfBaseException, ValueError):
+        pass
+    return setting.origin, f"{path}: expected {_kind_name(kind)}, got {str(setting.value)[:60]!r}"
+
+
+def _has_resolver(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return any(_has_resolver(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", value)
+
+
+def _broken_references(tree: DictConfig, settings: Iterable[Setting]) -> list[tuple[str, str]]:
+    faults = []
+    for setting in settings:
+        try:
+            if "${" in str(setting.value):
+                OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.select(tree, setting.path)}), resolve=True)
+        except (OmegaConfBaseException, RecursionError):
+            faults.append((setting.origin, f"{setting.path}: the reference {str(setting.value)[:60]!r} leads nowhere"))
+    return faults
+
+
+def _kind_name(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind):
+        return "a section with keys below it"
+    names = {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false",
+             dict: "a mapping", list: "a list of "}
+    name = names.get(get_origin(kind) or kind, "a value")
+    return name + ("whole numbers" if kind == list[int] else "words") if get_origin(kind) is list else name
+
+
+def _report(faults: list[tuple[str, str]]) -> None:
+    """Raise all faults as one error; nothing when there are none."""
+    if not faults:
+        return
+    kind = UsageError if all(origin == COMMAND_LINE for origin, _ in faults) else ConfigError
+    raise kind("\n".join(f"{origin}: {message}" if origin else message for origin, message in faults),
+               "hforce generate --print-config shows every key with its value")

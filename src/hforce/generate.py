@@ -1,0 +1,235 @@
+"""Script -> stream -> decoder -> video file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import hforce
+from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream
+from hforce.config import Config
+from hforce.documents import write_document
+from hforce.errors import DataError, HforceError, OutputError
+from hforce.models.base import Backbone
+from hforce.prompts import Item, Shot, file_stem
+from hforce.stream import Chunk, Stream
+from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
+
+log = logging.getLogger(__name__)
+
+SHEET_COLUMNS, SHEET_ROWS = 6, 4
+SIDECAR = "hforce.video/1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one video and what belongs to it go."""
+
+    video: Path
+    sidecar: Path
+    sheet: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make."""
+
+    item: Item
+    shots: tuple[Shot, ...]
+    plan: Plan
+    seed: int
+    target: Target
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every chunk: video frames done and in all, and seconds spent on this chunk by stage."""
+
+    job: Job
+    done: int
+    seconds: dict[str, float]
+
+
+@dataclass
+class Result:
+    """What became of every item."""
+
+    made: list[Target] = field(default_factory=list)
+    skipped: list[Target] = field(default_factory=list)
+    failed: list[tuple[Target, HforceError]] = field(default_factory=list)
+
+
+def run(
+    config: Config, items: Sequence[Item], output: Path, on_exists: str, tell: Callable[[Progress], None]
+) -> Result:
+    """Makes every item's video. An item that fails does not stop the others.
+
+    output is an .mp4 file for a single item, else a folder. on_exists says what to do about a video that is there:
+    skip it if the same command made it, overwrite it, or call it an error.
+    Raises HforceError for what concerns all items, before any is begun.
+    """
+    targets = choose_targets(items, output)
+    for target in targets:
+        for path in (target.video, target.sidecar, target.sheet):
+            preflight(path)
+    backbone = build_backbone(config)
+    jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
+    result = Result()
+    for job in jobs:
+        if is_done(job, record(config, backbone, job), on_exists):
+            result.skipped.append(job.target)
+            continue
+        try:
+            make(config, backbone, job, tell)
+            result.made.append(job.target)
+        except HforceError as error:
+            result.failed.append((job.target, error))
+            if len(jobs) > 1:
+                log.error("%s: %s", job.target.video.name, error)
+    return result
+
+
+def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
+    """A file of its own for every item. Raises OutputError if several would have to share one."""
+    if output.suffix.lower() == ".mp4":
+        if len(items) > 1:
+            raise OutputError(f"{len(items)} videos cannot go into one file {output}", "name a folder: -o outputs")
+        return [Target(output, output.with_name(output.name + ".json"), output.with_suffix(".png"))]
+    taken: set[str] = set()
+    stems = [file_stem(item.name or item.shots[0].prompt, number, taken) for number, item in enumerate(items)]
+    return [
+        Target(output / "videos" / f"{s}.mp4", output / "meta" / f"{s}.json", output / "previews" / f"{s}.png")
+        for s in stems
+    ]
+
+
+def plan_job(config: Config, backbone: Backbone, item: Item, target: Target) -> Job:
+    """The item's shots with their lengths, cut into chunks."""
+    seconds = item.seconds or config.video.seconds
+    shots = item.timed(seconds)
+    seed = config.sample.seed if item.seed is None else item.seed
+    return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone), seed, target)
+
+
+def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None]) -> None:
+    """Generates, decodes and encodes one video, then writes its contact sheet and sidecar."""
+    started = time.monotonic()
+    stream = build_stream(config, backbone, job.plan.total, job.seed)
+    script = build_script(job.shots, job.plan, backbone)
+    factor = config.video.upscale
+    width, height = (side * factor for side in backbone.size)
+    video = config.video
+    sink = FfmpegSink(job.target.video, (width, height), video.fps, video.crf, video.preset, job.plan.frames)
+    sheet = Sheet(job.plan.frames, video.fps)
+    done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
+    try:
+        with sink:
+            for chunk, frames, seconds in decoded(stream, script, backbone):
+                begin = time.perf_counter()
+                sink.write(upscale(frames, factor))
+                seconds["encode"] = time.perf_counter() - begin
+                sheet.look(done, frames)
+                done += len(frames)
+                spent = {stage: spent[stage] + seconds[stage] for stage in spent}
+                tell(Progress(job, done, seconds))
+    except HforceError as error:
+        raise _with_kept(error, sink.kept) from error
+    if video.contact_sheet:
+        pictures = [(t, upscale(f[None], max(1, factor // 2))[0]) for t, f in sheet.pictures]
+        contact_sheet(pictures, job.target.sheet, SHEET_COLUMNS)
+    outcome = {"frames": done, "seconds": round(time.monotonic() - started, 3), "stages": _rounded(spent)}
+    outcome["sha256"] = hashlib.sha256(job.target.video.read_bytes()).hexdigest()
+    write_document(job.target.sidecar, json.dumps(record(config, backbone, job) | {"result": outcome}, indent=1) + "\n")
+
+
+def decoded(
+    stream: Stream, script: Sequence[Any], backbone: Backbone
+) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
+    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage."""
+    decoder = backbone.codec.decoder()
+    for chunk in stream.play(script):
+        begin = time.perf_counter()
+        frames = to_bytes(decoder(chunk.latents))
+        yield chunk, frames, {**chunk.seconds, "decode": time.perf_counter() - begin}
+
+
+def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
+    """Video frames [T, 3, H, W] in 0..1 -> uint8 [T, H, W, 3], rounded."""
+    return (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class Sheet:
+    """Collects evenly spaced pictures for a contact sheet, the first and the last frame among them."""
+
+    def __init__(self, frames: int, fps: int) -> None:
+        count = min(SHEET_COLUMNS * SHEET_ROWS, frames)
+        self._wanted = [round(i * (frames - 1) / max(count - 1, 1)) for i in range(count)]
+        self._fps = fps
+        self.pictures: list[tuple[float, NDArray[np.uint8]]] = []
+
+    def look(self, first: int, frames: NDArray[np.uint8]) -> None:
+        """Takes what is wanted of frames [T, H, W, 3], the first of which is number `first`."""
+        inside = [n for n in self._wanted if first <= n < first + len(frames)]
+        self.pictures += [(n / self._fps, frames[n - first].copy()) for n in inside]
+
+
+def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
+    """Everything needed to make the same video again: the sidecar without its result."""
+    starts = [sum(job.plan.chunks[:i]) for i in range(len(job.shots))]
+    schedule = [
+        {"chunk": start, "prompt": shot.prompt, "reads": backbone.encode_text.reads(shot.prompt)}
+        for start, shot in zip(starts, job.shots, strict=True)
+    ]
+    settings = {"model": asdict(config.model), "cache": asdict(config.cache), "sample": asdict(config.sample)}
+    return {
+        "kind": SIDECAR,
+        "schedule": schedule,
+        "seed": job.seed,
+        "frames": job.plan.frames,
+        "chunks": job.plan.total,
+        "size": list(backbone.size),
+        "video": asdict(config.video),
+        **settings,
+        "fingerprint": backbone.fingerprint,
+        "versions": {"hforce": hforce.__version__, "torch": torch.__version__},
+    }
+
+
+def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
+    """Whether the video is there and made by the same settings. Raises OutputError where it may not be touched."""
+    if not job.target.video.exists() or on_exists == "overwrite":
+        return False
+    if on_exists == "skip" and job.target.sidecar.exists():
+        try:
+            found = json.loads(job.target.sidecar.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{job.target.sidecar} is not JSON", "remove it, or use --on-exists overwrite") from error
+        if isinstance(found, dict) and {k: v for k, v in found.items() if k != "result"} == json.loads(json.dumps(wanted)):
+            return True
+    raise OutputError(
+        f"{job.target.video} exists and was not made by this very command",
+        "choose another output, or use --on-exists overwrite",
+    )
+
+
+def _with_kept(error: HforceError, kept: Path | None) -> HforceError:
+    """The same error, saying where the part that was made lies."""
+    if kept is None:
+        return error
+    told = type(error)(f"{error}; what was made until then is in {kept}", error.mend)
+    return told
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {stage: round(value, 3) for stage, value in seconds.items()}

@@ -1,0 +1,64 @@
+"""What a model brings along: text encoder, codec and decoder (protocols), Backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from hforce.geometry import Geometry
+from hforce.models.dit import CausalWan
+
+
+class TextEncoder(Protocol):
+    """Turns prompts into what the transformer's cross-attention starts from."""
+
+    def __call__(self, prompt: str) -> Tensor:
+        """prompt -> [1, T, text_dim]. Raises DataError for a prompt that says nothing the model knows."""
+        ...
+
+    def reads(self, prompt: str) -> str:
+        """The prompt as the model understands it, for the records. The same as `prompt` where nothing is lost."""
+        ...
+
+
+class Decoder(Protocol):
+    """One video being decoded: all state of the stream is in here."""
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The next latents [1, F, C, h, w] -> the video frames that are ready, [T, 3, H, W] in 0..1."""
+        ...
+
+
+class Codec(Protocol):
+    """Between video and latents. `stride` video frames make a latent frame, but the first latent is one video frame."""
+
+    stride: int
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, T, 3, H, W] in 0..1, T = stride (n - 1) + 1 -> latents [B, n, C, h, w], normalised."""
+        ...
+
+    def decoder(self) -> Decoder:
+        """A decoder for a new video."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model ready to stream: shape is (C, h, w) of a latent frame, size (W, H) of the video in pixels."""
+
+    name: str
+    model: CausalWan
+    encode_text: TextEncoder
+    codec: Codec
+    geometry: Geometry
+    shape: tuple[int, int, int]
+    size: tuple[int, int]
+    fingerprint: str
+
+
+Loader = Callable[[str, tuple[int, int] | None, str, str], Backbone]
+"""checkpoint (empty: the packaged one), size (W, H) or None, device, dtype name ("auto" too) -> Backbone."""

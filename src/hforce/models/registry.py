@@ -1,0 +1,35 @@
+"""Model name -> loader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from hforce.errors import ConfigError, UnavailableError
+from hforce.models.base import Backbone, Loader
+from hforce.models.tiny import load_tiny
+
+MODELS: Mapping[str, Loader] = MappingProxyType({"tiny": load_tiny})
+
+
+def load_backbone(
+    name: str, checkpoint: str = "", size: tuple[int, int] | None = None, device: str = "auto", dtype: str = "auto"
+) -> Backbone:
+    """A model by name. Raises ConfigError for an unknown one, UnavailableError for a device that is not there."""
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}", f"known models: {', '.join(MODELS)}")
+    return MODELS[name](checkpoint, size, find_device(device), dtype)
+
+
+def find_device(name: str) -> str:
+    """A device that works: "auto" takes a GPU where there is one. Raises UnavailableError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = torch.cuda.device_count()
+        raise UnavailableError(f"device {name!r} cannot be used here ({found} CUDA devices)", "use model.device=cpu") from error
+    return name

@@ -1,0 +1,214 @@
+"""Video files: written while they are made, checked, and only then given their name."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from hforce.errors import OutputError, WriteError, cannot_write
+from hforce.ffmpeg import Encoder, check_encoder, count_frames, run_ffmpeg
+
+Frames = NDArray[np.uint8]
+
+KEYFRAME_SECONDS = 3  # a killed run loses at most about this much
+GAP, LABEL = 6, 14  # pixels between the pictures of a contact sheet, and of the letters below them
+TICKS = 1024  # of one frame, so that every frame is equally long
+BIT_EXACT = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact")
+# The matrix of the conversion and the tags that tell of it; players otherwise guess, and are off by up to 40 of 255.
+BT709 = ("scale=out_color_matrix=bt709:out_range=tv,"
+         "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv")
+
+
+class VideoSink(Protocol):
+    """Where video frames go; a context manager, on whose clean end the video is complete."""
+
+    frames: int
+
+    def __enter__(self) -> "VideoSink": ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None: ...
+    def write(self, frames: Any) -> None:
+        """Take frames uint8 [T, H, W, 3], a numpy array or a tensor on the CPU."""
+
+
+class NullSink:
+    """A sink that counts frames and keeps none."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+
+    def __enter__(self) -> "NullSink":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        return None
+
+    def write(self, frames: Any) -> None:
+        """Count frames [T, H, W, 3]."""
+        self.frames += len(frames)
+
+
+class FfmpegSink:
+    """An H.264 mp4 file, BT.709, byte for byte the same each time.
+
+    Frames go to ffmpeg in a thread of their own, into a fragmented mp4 (`part_path`) that plays even after a crash.
+    On a clean end it is remuxed with its index in front, decoded and counted, and moved to `path`. On any error what
+    was encoded stays in the part file, which `kept` names. Raises UnavailableError without ffmpeg, OutputError where
+    nothing can be created, WriteError when ffmpeg fails, stalls or the count is wrong.
+    """
+
+    patience = 120.0  # seconds that ffmpeg may take for one chunk, and for its end
+
+    def __init__(self, path: Path | str, size: tuple[int, int], fps: int = 16, crf: int = 18, preset: str = "medium",
+                 expected: int | None = None) -> None:
+        if size[0] % 2 or size[1] % 2:
+            raise OutputError(f"cannot encode {size[0]}x{size[1]}: H.264 needs an even width and height")
+        self.path = Path(os.path.abspath(path))
+        self.part = part_path(self.path)
+        self.size, self.fps, self.crf, self.preset, self.expected = size, fps, crf, preset, expected
+        self._clock = ("-video_track_timescale", str(TICKS * fps))
+        self.frames = 0
+        self.kept: Path | None = None
+
+    def __enter__(self) -> "FfmpegSink":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            self.part.unlink(missing_ok=True)  # never through a link that somebody left there
+        except OSError as error:
+            raise cannot_write(self.part, error) from error
+        self._encoder = Encoder(self._arguments(), self.part, self.patience)
+        return self
+
+    def write(self, frames: Any) -> None:
+        """Take frames uint8 [T, H, W, 3], a numpy array or a tensor on the CPU; waits while two chunks are queued."""
+        array = np.asarray(frames)
+        width, height = self.size
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (height, width, 3):
+            raise ValueError(f"expected uint8 [T, {height}, {width}, 3], got {array.dtype} {list(array.shape)}")
+        self._encoder.write(array.tobytes())
+        self.frames += len(array)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            self._encoder.close(is_clean=kind is None)
+            if kind is None:
+                self._publish()
+        finally:
+            self.kept = self.part if self.part.exists() and self.part.stat().st_size else None
+            if self.kept is None:
+                _discard(self.part)
+
+    def _arguments(self) -> list[str]:
+        width, height = self.size
+        return [
+            "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "pipe:0",
+            "-an", "-vf", BT709, "-c:v", "libx264", "-pix_fmt", "yuv420p",
+            "-crf", str(self.crf), "-preset", self.preset, "-bf", "0", "-g", str(KEYFRAME_SECONDS * self.fps),
+            "-threads", "1", *BIT_EXACT, *self._clock,
+            "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-f", "mp4", str(self.part),
+        ]
+
+    def _publish(self) -> None:
+        if self.expected not in (None, self.frames):
+            raise WriteError(f"{self.frames} frames were made, {self.expected} expected", f"they are in {self.part}")
+        whole = self.part.with_name(self.part.name.removesuffix(".part.mp4") + ".whole.mp4")
+        try:
+            whole.unlink(missing_ok=True)
+            run_ffmpeg(["-i", str(self.part), "-map", "0:v:0", "-c", "copy", *BIT_EXACT, *self._clock,
+                        "-movflags", "+faststart", "-f", "mp4", str(whole)], f"finishing {self.path}")
+            found = count_frames(whole)
+            if found != self.frames:
+                raise WriteError(f"{self.path.name} holds {found} frames, {self.frames} were written",
+                                 f"the file was not published; what there is: {self.part}")
+            _sync(whole)
+            os.replace(whole, self.path)
+            with contextlib.suppress(OSError):  # not every system can do this to a folder
+                _sync(self.path.parent, os.O_RDONLY)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        finally:
+            _discard(whole)
+        _discard(self.part)
+
+
+def part_path(path: Path) -> Path:
+    """Where the unfinished video lies: `work` beside a folder called `videos`, else a hidden file beside `path`."""
+    if path.parent.name == "videos":
+        return path.parent.parent / "work" / f"{path.stem}.part.mp4"
+    return path.with_name(f".{path.stem}.part.mp4")
+
+
+def preflight(path: Path | str) -> None:
+    """Find out in a moment whether a video can be written to `path`, before a model is loaded.
+
+    Creates the folder. Raises UnavailableError without an ffmpeg that has libx264, OutputError or its child
+    PermissionDenied where no file can be created.
+    """
+    path = Path(os.path.abspath(path))
+    check_encoder("libx264")
+    if path.is_dir():
+        raise OutputError(f"cannot create {path}: it is a folder", "give the name of a file, or another name")
+    for folder in {path.parent, part_path(path).parent}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+
+def upscale(frames: Any, factor: int) -> Frames:
+    """Frames uint8 [T, H, W, 3] enlarged without smoothing -> [T, factor H, factor W, 3]."""
+    array: Frames = np.asarray(frames)
+    return array if factor == 1 else array.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def contact_sheet(frames: Sequence[tuple[float, Frames]], path: Path | str, columns: int) -> None:
+    """One PNG with pictures in rows of `columns`, each with its time: (seconds, uint8 [H, W, 3]), all of one size.
+
+    Raises OutputError, PermissionDenied or WriteError when the file cannot be written.
+    """
+    path = Path(path)
+    height, width = frames[0][1].shape[:2]
+    font = ImageFont.load_default(LABEL)
+    rows = -(-len(frames) // columns)
+    size = (columns * (width + GAP) + GAP, rows * (height + LABEL + 2 * GAP) + GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (seconds, frame) in enumerate(frames):
+        left = GAP + number % columns * (width + GAP)
+        top = GAP + number // columns * (height + LABEL + 2 * GAP)
+        sheet.paste(Image.fromarray(np.ascontiguousarray(frame)), (left, top))
+        draw.text((left, top + height + GAP // 2), f"{seconds:.1f} s", fill="black", font=font)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(draft, format="PNG")
+        os.replace(draft, path)
+    except OSError as error:
+        _discard(draft)
+        raise cannot_write(path, error) from error
+
+
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):  # another error is told, or the video is complete already
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path, flags: int = os.O_RDWR) -> None:
+    """Have the system put a file on the disk, or the names in a folder."""
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
