@@ -24,6 +24,8 @@ from hforce.sampler import make_steps
 from hforce.stream import Sampling, Stream, Switch, Take, seeded
 from hforce.units import parse_size
 
+ROUNDING = 1e-6  # video frames by which a length in seconds may miss the whole number it was made from
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -123,7 +125,7 @@ def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbo
     Raises DataError when two prompts would begin in the same chunk, or one after the end.
     """
     stride, chunk = backbone.codec.stride, backbone.geometry.chunk
-    latents = math.ceil((math.ceil(seconds * fps) - 1) / stride) + 1
+    latents = math.ceil((math.ceil(seconds * fps - ROUNDING) - 1) / stride) + 1
     total = math.ceil(latents / chunk)
     starts, moment = [], 0.0
     for shot in shots:

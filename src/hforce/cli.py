@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 import hforce
-from hforce.errors import HforceError, InterruptedRun, UsageError
+from hforce.errors import ConfigError, HforceError, InterruptedRun, UsageError
 
 if TYPE_CHECKING:
     from hforce.config import Config
     from hforce.generate import Result
     from hforce.prompts import Item
 
+log = logging.getLogger(__name__)
+
 DEMO = "prompts/demo.txt"
-MODEL, INPUT, OUTPUT, LOOK = "Model and cache", "What to make", "Where it goes", "Configuration"
+WEIGHT_FILES = (".safetensors", ".pt", ".pth")
+UNSEEN = "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of what follows
+GLOBAL = ("-q", "--quiet", "-v", "--verbose", "--debug")  # may stand before or after the command
 
 app = typer.Typer(
     name="hforce",
     add_completion=True,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Model name, or a file of weights of the tiny kind.")]
-SizeOption = Annotated[str, typer.Option("--size", help="Width x height in pixels, as 64x64; empty: the model's own.")]
-ConfigOption = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; may be given several times.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="One setting, as cache.memory.options.episodes=3.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")]
-DurationOption = Annotated[str, typer.Option("--duration", "-d", help="Length of each video, as 30s or 1.5m.")]
+ModelOption = Annotated[
+    str, Option("--model", "-m", metavar="NAME|FILE", help="tiny, or a .safetensors file of its kind.")
+]
+SizeOption = Annotated[str, Option("--size", metavar="WxH", help="Pixels, as 64x64.  [default: the model's own]")]
+ConfigOption = Annotated[
+    list[Path] | None, Option("--config", "-c", metavar="FILE", help="Settings (YAML); may be repeated.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="One setting, as video.crf=23; may be repeated."),
+]
+SeedOption = Annotated[int | None, Option("--seed", metavar="N", help="Seed of the noise.")]
+DurationOption = Annotated[
+    str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
+]
+PlotOption = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw it, as PNG.")]
+
+Flags = dict[str, tuple[str, Any]]
+"""Option as the user writes it -> setting and value; empty values were not given."""
 
 
 def _version(asked: bool) -> None:
@@ -49,10 +68,10 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors and results only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell more.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress; errors and results only.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Tell more.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of every error.")] = False,
 ) -> None:
     """Minute-long video from a 5-second model, without training: a KV cache for every attention head.
 
@@ -66,37 +85,48 @@ def common(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.")] = None,
-    prompt_file: Annotated[str, typer.Option("--prompt-file", "-f", help="Prompts: .txt, .jsonl, or - for stdin.")] = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder, or one .mp4 file.")] = Path("outputs"),
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
+    ] = None,
+    prompt_file: Annotated[
+        str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
+    ] = "",
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")
+    ] = Path("outputs"),
     duration: DurationOption = "",
-    frames: Annotated[int | None, typer.Option("--frames", help="Length in video frames, instead of --duration.")] = None,
+    frames: Annotated[
+        int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")
+    ] = None,
     seed: SeedOption = None,
-    policy: Annotated[str, typer.Option("--policy", help="head-forcing, window, sink, full, uniform, ...")] = "",
-    roles: Annotated[str, typer.Option("--roles", help="profile, random:SEED, inverse or uniform.")] = "",
-    profile: Annotated[str, typer.Option("--profile", help="Head profile (JSON); empty: the model's own.")] = "",
-    upscale: Annotated[int | None, typer.Option("--upscale", help="Enlarge every pixel so many times.")] = None,
-    on_exists: Annotated[str, typer.Option("--on-exists", help="skip, overwrite or error.")] = "skip",
+    policy: Annotated[
+        str, Option("--policy", metavar="NAME", help="head-forcing, window, sink, full, uniform, random, inverse.")
+    ] = "",
+    roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
+    profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
+    upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
+    on_exists: Annotated[
+        str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
+    ] = "skip",
     model: ModelOption = "",
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Show every setting and stop.")] = False,
+    print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
 ) -> None:
-    """Make videos from prompts.
+    """Make videos from prompts. Without a prompt it plays the demo.
 
-    Without a prompt it plays the demo. Example: hforce generate -p "a red circle bouncing sideways" -d 30s -o out
+    Example: hforce generate -p "a red circle bouncing" -d 30s -o out
     """
-    from hforce.config import describe
-
-    flags = {"video.seconds": _seconds(duration), "sample.seed": seed, "cache.setup": policy, "cache.roles": roles}
-    flags |= {"cache.profile": profile, "video.upscale": upscale}
+    flags: Flags = {"--duration": ("video.seconds", _seconds(duration)), "--seed": ("sample.seed", seed)}
+    flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
+    flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
     settings = _load(model, size, config, set_, flags)
     if frames is not None:
-        if duration or frames < 1:
-            raise UsageError("--frames takes a number of at least 1, and no --duration beside it")
-        settings.video.seconds = frames / settings.video.fps
+        settings.video.seconds = _count_seconds(frames, bool(duration), settings.video.fps)
     if print_config:
+        from hforce.config import describe
+
         typer.echo(describe(settings), nl=False)
         return
     if on_exists not in ("skip", "overwrite", "error"):
@@ -105,7 +135,7 @@ def generate(
     from hforce import generate as verb
     from hforce.progress import VideoProgress
 
-    with VideoProgress(_is_quiet(context)) as progress:
+    with _blame(config), VideoProgress(_is_quiet(context)) as progress:
         result = verb.run(settings, items, output, on_exists, progress.update)
     _report(result)
 
@@ -113,14 +143,22 @@ def generate(
 @app.command()
 def profile(
     context: typer.Context,
-    prompt_file: Annotated[str, typer.Option("--prompt-file", "-f", help="Calibration prompts; empty: the packaged 20.")] = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile.")] = Path("profile.json"),
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw sink against current mass, and roles by layer.")] = None,
-    show: Annotated[Path | None, typer.Option("--show", help="Print the map of a profile and stop.")] = None,
-    mode: Annotated[str, typer.Option("--mode", help="native21 (5 s videos) or rolling30 (30 s).")] = "",
-    compare: Annotated[bool, typer.Option("--compare", help="Measure in both modes and tell how far they agree.")] = False,
-    anchor: Annotated[float | None, typer.Option("--anchor", help="Share of heads that become anchors.")] = None,
-    local: Annotated[float | None, typer.Option("--local", help="Share of the others that become local.")] = None,
+    prompt_file: Annotated[
+        str, Option("--prompt-file", "-f", metavar="FILE", help="Calibration prompts.  [default: 20 packaged ones]")
+    ] = "",
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="FILE", help="Where to write the profile.")
+    ] = Path("profile.json"),
+    plot: PlotOption = None,
+    show: Annotated[Path | None, Option("--show", metavar="FILE", help="Print the map of a profile and stop.")] = None,
+    mode: Annotated[str, Option("--mode", metavar="NAME", help="native21 (5 s videos) or rolling30 (30 s).")] = "",
+    compare: Annotated[bool, Option("--compare", help="Measure in both modes, and how far they agree.")] = False,
+    anchor: Annotated[
+        float | None, Option("--anchor", metavar="SHARE", help="Share of heads that become anchors.")
+    ] = None,
+    local: Annotated[
+        float | None, Option("--local", metavar="SHARE", help="Share of the others that become local.")
+    ] = None,
     model: ModelOption = "",
     size: SizeOption = "",
     config: ConfigOption = None,
@@ -128,19 +166,22 @@ def profile(
 ) -> None:
     """Measure what every attention head looks at, and give it a role.
 
-    Example: hforce profile -o p.json --plot heads.png, then: hforce generate --profile p.json
+    Example: hforce profile -o heads.json --plot heads.png
     """
-    flags = {"profile.prompts": prompt_file, "profile.mode": mode, "profile.anchor": anchor, "profile.local": local}
+    flags: Flags = {"--prompt-file": ("profile.prompts", prompt_file), "--mode": ("profile.mode", mode)}
+    flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local)}
     settings = _load(model, size, config, set_, flags)
     from hforce import profile as verb
     from hforce.cache.roles import load_profile
 
+    if plot is not None:
+        verb.check_plot(plot)
     if show is not None:
         measured = load_profile(show)
     else:
         from hforce.progress import CountProgress
 
-        with CountProgress("profiling", _is_quiet(context)) as progress:
+        with _blame(config), CountProgress("profiling", _is_quiet(context)) as progress:
             measured = verb.run(settings, output, progress.update, compare=compare)
     typer.echo(verb.show(measured))
     if plot is not None:
@@ -153,29 +194,39 @@ def profile(
 @app.command()
 def bench(
     context: typer.Context,
-    setups: Annotated[str, typer.Option("--setups", help="Comma-separated: window,sink,full,head-forcing,...")] = "",
-    prompt_file: Annotated[str, typer.Option("--prompt-file", "-f", help="Prompts; empty: the packaged four.")] = "",
+    setups: Annotated[
+        str, Option("--setups", metavar="NAMES", help="Which to compare, as window,full,head-forcing.")
+    ] = "",
+    prompt_file: Annotated[
+        str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts.  [default: four packaged ones]")
+    ] = "",
     duration: DurationOption = "",
     seed: SeedOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw chunk times and speeds.")] = None,
+    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    plot: PlotOption = None,
     model: ModelOption = "",
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Time several setups on the same script, in turn, and compare them.
+    """Compare the speed and drift of several setups.
 
-    Example: hforce bench --setups window,full,head-forcing -d 60s --size 128x128 --json bench.json
+    Example: hforce bench --setups window,full,head-forcing -d 60s
     """
-    flags = {"bench.setups": [s.strip() for s in setups.split(",") if s.strip()], "bench.prompts": prompt_file}
-    flags |= {"bench.seconds": _seconds(duration), "bench.seed": seed}
+    named = [s.strip() for s in setups.split(",") if s.strip()]
+    flags: Flags = {"--setups": ("bench.setups", named), "--prompt-file": ("bench.prompts", prompt_file)}
+    flags |= {"--duration": ("bench.seconds", _seconds(duration)), "--seed": ("bench.seed", seed)}
     settings = _load(model, size, config, set_, flags)
     from hforce import bench as verb
     from hforce.documents import write_document
     from hforce.progress import CountProgress, show_table
+    from hforce.video import check_place
 
-    with CountProgress("benchmark", _is_quiet(context)) as progress:
+    for path in filter(None, (json_file, plot)):
+        check_place(path)
+    if plot is not None:
+        verb.check_plot(plot)
+    with _blame(config), CountProgress("benchmark", _is_quiet(context)) as progress:
         result = verb.run(settings, progress.update)
     show_table(verb.table(result))
     if json_file is not None:
@@ -186,20 +237,35 @@ def bench(
         typer.echo(plot)
 
 
-def _load(
-    model: str, size: str, files: list[Path] | None, overrides: list[str] | None, flags: dict[str, Any]
-) -> Config:
-    """The configuration: presets, files, --set, then the flags that were given."""
+def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] | None, flags: Flags) -> Config:
+    """The configuration: presets, files, --set, then the flags that were given. Errors name the flag, not the key."""
     import json
 
     from hforce.config import load_config
 
-    is_file = model.endswith((".safetensors", ".pt", ".pth"))
-    named = {"model.checkpoint" if is_file else "model.name": model, "model.size": size}
-    given = {key: value for key, value in (named | flags).items() if value not in (None, "", [])}
+    is_file = model.endswith(WEIGHT_FILES) or os.sep in model
+    flags |= {"--model": ("model.checkpoint" if is_file else "model.name", model), "--size": ("model.size", size)}
+    given = {flag: setting for flag, setting in flags.items() if setting[1] not in (None, "", [])}
     # A JSON text is a YAML value, quotes and all; references are for files, not for flags.
-    texts = [f"{key}={json.dumps(value)}" for key, value in given.items()]
-    return load_config("tiny", files or [], [*(overrides or []), *texts])
+    texts = [f"{key}={json.dumps(value)}" for key, value in given.values()]
+    try:
+        return load_config("tiny", files or [], [*(overrides or []), *texts])
+    except UsageError as error:
+        told = str(error)
+        for flag, (key, _) in given.items():
+            told = told.replace(f"--set: {key}: ", f"{flag}: ")
+        raise UsageError(told, error.mend) from error
+
+
+@contextmanager
+def _blame(files: list[Path] | None) -> Iterator[None]:
+    """Without a configuration file, whatever is wrong in the configuration was said on the command line."""
+    try:
+        yield
+    except ConfigError as error:
+        if files:
+            raise
+        raise UsageError(str(error), error.mend) from error
 
 
 def _items(prompts: list[str], prompt_file: str, config: Config) -> list[Item]:
@@ -210,11 +276,25 @@ def _items(prompts: list[str], prompt_file: str, config: Config) -> list[Item]:
 
     if prompts and prompt_file:
         raise UsageError("--prompt and --prompt-file exclude each other", "put all prompts into the file")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UsageError(f"the prompt {prompt!r} is empty")
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # what bytes that are no text arrive as
+            raise UsageError(f"the prompt {prompt[:60]!r} is not UTF-8")
     if prompts:
-        if empty := next((p for p in prompts if not p.strip()), None):
-            raise UsageError(f"the prompt {empty!r} is empty")
         return [Item(None, (Shot(p),), line=n) for n, p in enumerate(prompts, 1)]
     return load_prompts(prompt_file or resource(DEMO), Grid(fps=config.video.fps))
+
+
+def _count_seconds(frames: int, has_duration: bool, fps: int) -> float:
+    """The length of so many video frames, in seconds."""
+    from hforce.units import LONGEST
+
+    if has_duration:
+        raise UsageError("--frames and --duration exclude each other", "give one of them")
+    if not 1 <= frames <= LONGEST * fps:
+        raise UsageError(f"--frames: {frames} is outside 1 to {LONGEST * fps:.0f}, which is 24 h")
+    return frames / fps
 
 
 def _seconds(text: str) -> float | None:
@@ -228,28 +308,35 @@ def _is_quiet(context: typer.Context) -> bool:
 
 
 def _report(result: Result) -> None:
-    """Paths of videos and contact sheets on standard output. Raises the error of a single failed item."""
+    """Paths of videos and contact sheets on standard output. Raises the error of a single failed item, or of a stop."""
     for target in (*result.skipped, *result.made):
         typer.echo(target.video)
         if target.sheet.exists():
             typer.echo(target.sheet)
     for target in result.skipped:
-        _say(f"hforce: {target.video} was there already, made by the same command")
-    if not result.failed:
+        log.warning("%s was there already, made by the same command", target.video)
+    errors = [error for _, error in result.failed]
+    if not errors:
         return
-    if len(result.failed) == 1 and not result.made and not result.skipped:
-        raise result.failed[0][1]
-    _say(f"hforce: {len(result.failed)} of {len(result.failed) + len(result.made) + len(result.skipped)} videos failed")
+    count = len(errors) + len(result.made) + len(result.skipped)
+    if count == 1 or isinstance(errors[-1], InterruptedRun):
+        raise errors[-1]
+    _say(f"hforce: {len(errors)} of {count} videos failed")
     raise typer.Exit(1)
 
 
 def _say(text: str) -> None:
     """A line for people, on standard error, with control characters made visible."""
-    safe = "".join(c if c in "\n\t" or (c.isprintable() and c not in "\u202a\u202b\u202d\u202e") else repr(c)[1:-1] for c in text)
-    typer.echo(safe, err=True)
+    typer.echo("".join(c if c in "\n\t" or _is_harmless(c) else repr(c)[1:-1] for c in text), err=True)
+
+
+def _is_harmless(char: str) -> bool:
+    return char.isprintable() and char not in UNSEEN
 
 
 def _fail(error: HforceError) -> int:
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
     _say(f"hforce: error: {error}")
     if error.mend:
         _say(f"  hint: {error.mend}")
@@ -258,32 +345,40 @@ def _fail(error: HforceError) -> int:
 
 def _run() -> int:
     """Runs the command line -> exit code. Every expected failure is a line on standard error, never a traceback."""
+    everywhere = [a for a in sys.argv[1:] if a in GLOBAL]
+    rest = [a for a in sys.argv[1:] if a not in GLOBAL]
     try:
-        return app(standalone_mode=False) or 0
+        code = app([*everywhere, *(rest or ["--help"])], prog_name="hforce", standalone_mode=False) or 0
+        return code if rest else UsageError.exit_code
     except HforceError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
         return _fail(error)
-    except KeyboardInterrupt:
-        _say("hforce: stopped")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MemoryError:
-        return _fail(HforceError("out of memory", "make the video smaller")) and 71
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # nobody reads the results any more
+            return 141
+        raise
     except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error of the option parser
-            _say(f"hforce: error: {error.format_message()}")
-            return 2
-        traceback.print_exc()
-        _say(f"hforce: this is a bug of hforce {hforce.__version__}: {type(error).__name__}")
-        return 70
+        return _fail_otherwise(error)
+
+
+def _fail_otherwise(error: Exception) -> int:
+    """Exit code of an error that is not hforce's own: of the option parser, for want of memory, or a bug."""
+    if hasattr(error, "format_message"):
+        command = getattr(getattr(error, "ctx", None), "command_path", "hforce")
+        return _fail(UsageError(error.format_message(), f"{command} --help"))
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+        _fail(HforceError("out of memory", "make the video smaller, or use another --policy"))
+        return 71
+    traceback.print_exception(error)
+    _say(f"hforce: this is a bug of hforce {hforce.__version__}: {type(error).__name__}")
+    return HforceError.exit_code
 
 
 def main() -> None:
     """The console script."""
     _on_signal(signal.SIGTERM, 75)
+    _on_signal(signal.SIGINT, 130)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths that are no text come out as they went in
     sys.exit(_run())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,8 +20,8 @@ from torch import Tensor
 import hforce
 from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream
 from hforce.config import Config
-from hforce.documents import write_document
-from hforce.errors import DataError, HforceError, OutputError
+from hforce.documents import read_document, write_document
+from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
 from hforce.models.base import Backbone
 from hforce.prompts import Item, Shot, file_stem
 from hforce.stream import Chunk, Stream
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 SIDECAR = "hforce.video/1"
+MOST_SIDECAR_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -73,28 +75,26 @@ class Result:
 def run(
     config: Config, items: Sequence[Item], output: Path, on_exists: str, tell: Callable[[Progress], None]
 ) -> Result:
-    """Makes every item's video. An item that fails does not stop the others.
+    """Makes every item's video. An item that fails does not stop the others; a request to stop ends them all.
 
     output is an .mp4 file for a single item, else a folder. on_exists says what to do about a video that is there:
     skip it if the same command made it, overwrite it, or call it an error.
     Raises HforceError for what concerns all items, before any is begun.
     """
     targets = choose_targets(items, output)
-    for target in targets:
-        for path in (target.video, target.sidecar, target.sheet):
-            preflight(path)
+    preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
     backbone = build_backbone(config)
     jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
-    result = Result()
-    for job in jobs:
-        if is_done(job, record(config, backbone, job), on_exists):
-            result.skipped.append(job.target)
-            continue
+    done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
+    result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
+    for job in (job for job, is_there in zip(jobs, done, strict=True) if not is_there):
         try:
             make(config, backbone, job, tell)
             result.made.append(job.target)
         except HforceError as error:
             result.failed.append((job.target, error))
+            if isinstance(error, InterruptedRun):
+                break
             if len(jobs) > 1:
                 log.error("%s: %s", job.target.video.name, error)
     return result
@@ -135,7 +135,7 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
     try:
         with sink:
-            for chunk, frames, seconds in decoded(stream, script, backbone):
+            for _, frames, seconds in decoded(stream, script, backbone):
                 begin = time.perf_counter()
                 sink.write(upscale(frames, factor))
                 seconds["encode"] = time.perf_counter() - begin
@@ -143,25 +143,30 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
                 done += len(frames)
                 spent = {stage: spent[stage] + seconds[stage] for stage in spent}
                 tell(Progress(job, done, seconds))
+            if video.contact_sheet:
+                pictures = [(t, upscale(f[None], max(1, factor // 2))[0]) for t, f in sheet.pictures]
+                contact_sheet(pictures, job.target.sheet, SHEET_COLUMNS)
     except HforceError as error:
-        raise _with_kept(error, sink.kept) from error
-    if video.contact_sheet:
-        pictures = [(t, upscale(f[None], max(1, factor // 2))[0]) for t, f in sheet.pictures]
-        contact_sheet(pictures, job.target.sheet, SHEET_COLUMNS)
+        raise _telling(error, sink.kept) from error.__cause__
     outcome = {"frames": done, "seconds": round(time.monotonic() - started, 3), "stages": _rounded(spent)}
-    outcome["sha256"] = hashlib.sha256(job.target.video.read_bytes()).hexdigest()
-    write_document(job.target.sidecar, json.dumps(record(config, backbone, job) | {"result": outcome}, indent=1) + "\n")
+    _write_record(sink, record(config, backbone, job), outcome, job.target.sidecar)
 
 
 def decoded(
     stream: Stream, script: Sequence[Any], backbone: Backbone
 ) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
-    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage."""
+    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage.
+
+    Raises DataError at a chunk whose latents or frames hold values that are not finite.
+    """
     decoder = backbone.codec.decoder()
     for chunk in stream.play(script):
         begin = time.perf_counter()
-        frames = to_bytes(decoder(chunk.latents))
-        yield chunk, frames, {**chunk.seconds, "decode": time.perf_counter() - begin}
+        frames = decoder(chunk.latents)
+        if not bool(torch.isfinite(frames).all()):
+            message = f"the video frames of chunk {chunk.number} hold values that are not finite"
+            raise DataError(message, "the codec's weights do not fit the model; the chunks before it are kept")
+        yield chunk, to_bytes(frames), {**chunk.seconds, "decode": time.perf_counter() - begin}
 
 
 def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
@@ -207,15 +212,15 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
 
 
 def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
-    """Whether the video is there and made by the same settings. Raises OutputError where it may not be touched."""
+    """Whether the video is there, whole and made by the same settings.
+
+    Raises OutputError where it may not be touched, DataError for a sidecar that is no JSON.
+    """
     if not job.target.video.exists() or on_exists == "overwrite":
         return False
     if on_exists == "skip" and job.target.sidecar.exists():
-        try:
-            found = json.loads(job.target.sidecar.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{job.target.sidecar} is not JSON", "remove it, or use --on-exists overwrite") from error
-        if isinstance(found, dict) and {k: v for k, v in found.items() if k != "result"} == json.loads(json.dumps(wanted)):
+        found, result = _read_sidecar(job.target.sidecar)
+        if found == json.loads(json.dumps(wanted)) and result.get("sha256") == _digest(job.target.video):
             return True
     raise OutputError(
         f"{job.target.video} exists and was not made by this very command",
@@ -223,12 +228,35 @@ def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
     )
 
 
-def _with_kept(error: HforceError, kept: Path | None) -> HforceError:
-    """The same error, saying where the part that was made lies."""
-    if kept is None:
-        return error
-    told = type(error)(f"{error}; what was made until then is in {kept}", error.mend)
-    return told
+def _write_record(sink: FfmpegSink, recipe: dict[str, Any], outcome: dict[str, Any], path: Path) -> None:
+    """Writes the sidecar of a finished video; where that fails, the video goes back to where unfinished ones lie."""
+    try:
+        result = {**outcome, "sha256": _digest(sink.path)}
+        write_document(path, json.dumps({**recipe, "result": result}, indent=1) + "\n")
+    except HforceError as error:
+        os.replace(sink.path, sink.part)  # without its record nobody could tell what it shows
+        raise _telling(error, sink.part) from error.__cause__
+
+
+def _telling(error: HforceError, kept: Path | None) -> HforceError:
+    """The error, made to say where the part that was made lies."""
+    if kept and str(kept) not in error.mend:
+        error.args = (f"{error}; what was made until then is in {kept}",)
+    return error
+
+
+def _read_sidecar(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a video was made from, and what became of it. Raises DataError when the file does not hold this."""
+    try:
+        found = json.loads(read_document(path, MOST_SIDECAR_BYTES))
+        return found, found.pop("result")
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

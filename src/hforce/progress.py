@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import deque
@@ -36,8 +35,8 @@ class _Display:
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
-        is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         console = Console(file=sys.stderr)
+        is_terminal = sys.stderr.isatty() and not console.is_dumb_terminal
         columns: list[ProgressColumn] = [
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -56,7 +55,9 @@ class _Display:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -92,7 +93,8 @@ class VideoProgress(_Display):
         (first, start), (last, end) = self._recent[0], self._recent[-1]
         speed = f"{(last - first) / (end - start):.0f} FPS" if end > start else ""
         name = progress.job.target.video.stem
-        self._show(name if len(name) <= 40 else name[:37] + "...", progress.done, progress.job.plan.frames, "frames", speed)
+        short = name if len(name) <= 40 else name[:37] + "..."
+        self._show(short, progress.done, progress.job.plan.frames, "frames", speed)
 
 
 class CountProgress(_Display):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Step:
 
 
 def sigma_table(shift: float) -> Tensor:
-    """The flow-matching noise levels, falling from 1, float32 [1000]: shift s / (1 + (shift - 1) s). It ends above zero."""
+    """The flow-matching noise levels shift s / (1 + (shift - 1) s), float32 [1000], falling from 1 to above zero."""
     s = 1 - torch.arange(TRAIN_STEPS, dtype=torch.float64) / TRAIN_STEPS
     return (shift * s / (1 + (shift - 1) * s)).float()
 
@@ -48,15 +49,15 @@ def few_step(flow: Callable[[Tensor, float], Tensor], steps: Sequence[Step], noi
     """Noise -> clean latents in a few steps (Self-Forcing, arXiv 2506.08009).
 
     flow(x, timestep) predicts noise - clean. Every step but the last is followed by fresh noise at the next level.
-    noise yields tensors of one shape: the start, then one for every step but the last.
+    noise yields tensors of one shape: the start, then one for every step but the last. Raises ValueError without steps.
     """
+    if not steps:
+        raise ValueError("a sampler needs at least one step")
     x = next(noise)
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
+    for step, following in pairwise(steps):
         clean = x - step.sigma * flow(x, step.timestep)
-        if following is None:
-            return clean
         x = (1 - following.sigma) * clean + following.sigma * next(noise)
-    raise ValueError("a sampler needs at least one step")
+    return x - steps[-1].sigma * flow(x, steps[-1].timestep)
 
 
 def keyed_noise(seed: int, chunk: int, shape: Sequence[int]) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ SETTLING = 2  # chunks after a change of prompt in which the drift gate stays op
 
 @dataclass(frozen=True)
 class Take:
-    """A stretch of video under one prompt: text [1, T, text_dim], for so many chunks (None: until nobody asks for more)."""
+    """A stretch of video under one prompt: text [1, T, text_dim], for so many chunks (None: as long as one asks)."""
 
     text: Tensor
     chunks: int | None = None
@@ -130,7 +130,7 @@ class Stream:
         self._flow(clean, self.sampling.commit_timestep, text)
         self.cache.advance(shot, clean[0], settled)
         recent.append(clean)
-        while sum(x.shape[1] for x in recent) - recent[0].shape[1] >= max(self.switch.frames, 1):
+        while recent and sum(x.shape[1] for x in recent) - recent[0].shape[1] >= self.switch.frames:
             recent.popleft()
 
     def _flow(self, x: Tensor, timestep: float, text: TextContext) -> Tensor:

@@ -148,14 +148,19 @@ def part_path(path: Path) -> Path:
     return path.with_name(f".{path.stem}.part.mp4")
 
 
-def preflight(path: Path | str) -> None:
-    """Find out in a moment whether a video can be written to `path`, before a model is loaded.
+def preflight(*paths: Path | str) -> None:
+    """Find out in a moment whether videos, and what belongs to them, can be written, before a model is loaded.
 
-    Creates the folder. Raises UnavailableError without an ffmpeg that has libx264, OutputError or its child
-    PermissionDenied where no file can be created.
+    Creates the folders. Raises UnavailableError without an ffmpeg that has libx264, and what `check_place` raises.
     """
-    path = Path(os.path.abspath(path))
     check_encoder("libx264")
+    for path in paths:
+        check_place(path)
+
+
+def check_place(path: Path | str) -> None:
+    """Create the folder of a file to be written. Raises OutputError or its child where no file can be created."""
+    path = Path(os.path.abspath(path))
     if path.is_dir():
         raise OutputError(f"cannot create {path}: it is a folder", "give the name of a file, or another name")
     for folder in {path.parent, part_path(path).parent}:

@@ -156,7 +156,8 @@ def test_corrupted_latents_exceed_the_gate_and_usual_ones_do_not(damage: Callabl
 
 
 def test_drift_is_the_distance_over_the_95th_percentile_of_those_before() -> None:
-    gauge, apart = DriftGauge(recent=20), []
+    gauge = DriftGauge(recent=20)
+    apart: list[float] = []
     start = torch.stack([_statistics(x) for x in usual(3, 0)])
     scale = start.std(dim=0, correction=0) + 0.1 * start.mean(dim=0).abs() + 1e-3
     gauge.measure(usual(3, 0))

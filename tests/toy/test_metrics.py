@@ -190,6 +190,18 @@ def test_a_copy_that_touches_the_object_is_a_ghost_too():
         assert reading.ghosts[48:].mean() > 0.15
 
 
+@pytest.mark.parametrize("pattern", SLOTS["pattern"])
+def test_many_copies_do_not_pass_for_the_background(pattern):
+    scene = variant(BOUNCING, pattern=pattern)
+    frames = alone = render(scene, 32)
+    for shift in ((16, 0), (32, 0), (0, 32), (16, 32), (32, 32)):
+        copy = np.roll(alone, shift, axis=(1, 2))
+        frames = np.where(copy[..., :1] > 150, copy, frames)
+    reading = read_frames(frames)
+    assert (reading.pattern == pattern).all()
+    assert np.median(reading.objects + reading.ghosts) > 4
+
+
 def test_an_object_that_vanishes_is_missed():
     blank = render(variant(PASSING, start="fourth"), 60)[40]
     gone = np.repeat(blank[None], 240, axis=0)
@@ -267,6 +279,13 @@ def test_a_ruined_film_scores_nothing_and_breaks_nothing(kind):
 def test_other_arrays_are_refused(video):
     with pytest.raises(DataError, match="uint8"):
         read_frames(video)
+
+
+def test_words_the_world_does_not_have_are_refused():
+    reading = read_frames(render(BOUNCING, 2))
+    for words in ({"lane": "left"}, {"texture": "rough"}):
+        with pytest.raises(DataError, match="the tiny world has no"):
+            score(reading, words)
 
 
 def test_a_reading_has_a_value_for_every_frame():

@@ -226,15 +226,15 @@ def test_the_largest_object_covers_as_much_as_its_shape_says():
         np.testing.assert_allclose(change / full, area * 81, rtol=0.02)
 
 
-def test_patterns_repeat_every_eight_pixels_from_the_corner():
+def test_patterns_repeat_every_two_cells_from_the_corner():
     for pattern in SLOTS["pattern"]:
         picture = ground_picture("brown", pattern, 1.1)
         np.testing.assert_array_equal(picture[2 * CELL :], picture[: -2 * CELL])
         np.testing.assert_array_equal(picture[:, 2 * CELL :], picture[:, : -2 * CELL])
     tones = ground_picture("brown", "checkered")[..., 0]
-    assert tones[0, 0] == tones[4, 4] > tones[0, 4] == tones[4, 0]
+    assert tones[0, 0] == tones[CELL, CELL] > tones[0, CELL] == tones[CELL, 0]
     stripes = ground_picture("brown", "striped")[..., 0]
-    assert stripes[0, 0] == stripes[4, 0] > stripes[0, 4]
+    assert stripes[0, 0] == stripes[CELL, 0] > stripes[0, CELL]
 
 
 def test_what_is_not_said_is_seen():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,18 +49,30 @@ class BlockCausal:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, T, H, D] before RoPE, T tokens of the whole clip -> [B, T, H, D]."""
         q, k = turn(q, self.phase), turn(k, self.phase)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         tokens = self.rope.space.shape[0]
-        half = sum(self.blocks) * tokens if self.teacher_forcing else 0
+        sizes = [frames * tokens for frames in self.blocks] * (2 if self.teacher_forcing else 1)
+        # Cut once: the backward pass of a slice writes a whole tensor, that of a concatenation only its parts.
+        queries, keys, values = (x.transpose(1, 2).split(sizes, dim=2) for x in (q, k, v))
+        blocks = len(self.blocks)
         clean, noisy = [], []
-        end = 0
-        for frames in self.blocks:
-            start, end = end, end + frames * tokens
-            low = max(0, end - self.window * tokens) if self.window else 0
-            clean.append(self.kernel(q[:, :, start:end], k[:, :, low:end], v[:, :, low:end]))
-            if half:
-                own = slice(half + start, half + end)
-                past = slice(low, start)
-                keys, values = (torch.cat([x[:, :, past], x[:, :, own]], dim=2) for x in (k, v))
-                noisy.append(self.kernel(q[:, :, own], keys, values))
+        for i in range(blocks):
+            first, hidden = self._from(i)
+            seen = range(first, i)
+            clean.append(self._block(queries[i], keys, values, [*seen, i], hidden * tokens))
+            if self.teacher_forcing:
+                noisy.append(self._block(queries[blocks + i], keys, values, [*seen, blocks + i], hidden * tokens))
         return torch.cat(clean + noisy, dim=2).transpose(1, 2)
+
+    def _block(
+        self, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], seen: list[int], hidden: int
+    ) -> Tensor:
+        """Attention of one block's queries to the blocks `seen`, without their first `hidden` tokens."""
+        k, v = (torch.cat([x[i] for i in seen], dim=2) for x in (keys, values))
+        return self.kernel(q, k[:, :, hidden:], v[:, :, hidden:])
+
+    def _from(self, block: int) -> tuple[int, int]:
+        """The first block that `block` sees, and how many of its frames lie before the window."""
+        starts = [0, *itertools.accumulate(self.blocks)]
+        low = max(0, starts[block + 1] - self.window) if self.window else 0
+        first = next(i for i, end in enumerate(starts[1:]) if end > low)
+        return first, low - starts[first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,7 @@ class CausalWan(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(c) for _ in range(c.layers)))
         self.head = Head(c)
         self.head_order = [list(range(c.heads)) for _ in range(c.layers)]
         """[L][H] which head of the checkpoint stands where: see `order_heads`."""
@@ -182,9 +182,7 @@ class CausalWan(nn.Module):
             tokens = block(tokens, per_block, (text.keys[layer], text.values[layer]), layer, attend)
         patches = self.head(tokens, time)
         _, p, q = self.config.patch
-        return rearrange(
-            patches, "b f (h w) (p q c) -> b f c (h p) (w q)", f=frames, h=rows, w=columns, p=p, q=q
-        )
+        return rearrange(patches, "b f (h w) (p q c) -> b f c (h p) (w q)", f=frames, h=rows, w=columns, p=p, q=q)
 
     @torch.no_grad()
     def order_heads(self, order: Sequence[Sequence[int]]) -> None:

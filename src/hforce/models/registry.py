@@ -31,5 +31,6 @@ def find_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = torch.cuda.device_count()
-        raise UnavailableError(f"device {name!r} cannot be used here ({found} CUDA devices)", "use model.device=cpu") from error
+        message = f"device {name!r} cannot be used here ({found} CUDA devices)"
+        raise UnavailableError(message, "use model.device=cpu") from error
     return name

@@ -1,4 +1,4 @@
-"""The tiny model: a CausalWan of 2.2 M parameters, its codec and its words, trained on the procedural world."""
+"""The tiny model: a CausalWan of 2 M parameters, its codec and its words, trained on the procedural world."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,10 +26,11 @@ PACKAGED = Path(__file__).with_name("tiny.safetensors")
 VOCABULARY = tuple((slot, word) for slot, words in SLOTS.items() for word in words)
 WORD_INDEX = {pair: index for index, pair in enumerate(VOCABULARY)}
 DIT = WanConfig(
-    dim=144, ffn_dim=576, layers=6, heads=6, text_dim=32, text_len=len(SLOTS), in_channels=12, out_channels=12
+    dim=144, ffn_dim=432, layers=6, heads=6, text_dim=32, text_len=len(SLOTS), in_channels=12, out_channels=12
 )  # fmt: skip
 CODEC = TaehvConfig(
-    latent_channels=12, encoder_width=32, decoder_widths=(64, 48, 32, 32), space_down=(1, 2, 1), space_up=(2, 1, 1), patch=4
+    latent_channels=12, encoder_width=32, decoder_widths=(64, 48, 32, 32),
+    space_down=(1, 2, 1), space_up=(2, 1, 1), patch=4,
 )  # fmt: skip
 LATENT_PIXELS = 8  # pixels a latent cell is wide and high
 EXAMPLE = "a slow red circle bouncing sideways on a green striped background"
@@ -57,15 +59,16 @@ class TinyModel(nn.Module):
         """Reads what `save` wrote, as float32. Raises InputError or CheckpointError."""
         state, metadata = read_safetensors(path)
         try:
-            sizes = [
-                {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
-                for text in (metadata["dit"], metadata["codec"])
-            ]
-            model = cls(WanConfig(**sizes[0]), TaehvConfig(**sizes[1]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no tiny model: its metadata lacks the sizes", "make one with: make tiny") from error
+            model = cls(WanConfig(**_sizes(metadata["dit"])), TaehvConfig(**_sizes(metadata["codec"])))
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            message = f"{path} holds no tiny model: its sizes are missing, or such as no model has"
+            raise CheckpointError(message, "make one with: make tiny") from error
         load_strictly(model, {name: value.float() for name, value in state.items()}, str(path))
         return model.eval().requires_grad_(False)
+
+
+def _sizes(text: str) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
 
 
 class WordEncoder:

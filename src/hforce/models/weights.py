@@ -10,25 +10,47 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hforce.errors import CheckpointError, InputError
+from hforce.errors import CheckpointError, InputError, PermissionDenied
 from hforce.models.dit import CausalWan
 
 SHOWN = 5  # names listed in a message
+FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+IMPOSTORS = {  # first bytes of what is often found under the name of weights -> what to do about it
+    b"version https://git-lfs": "it only points to the weights: fetch them with git lfs pull",
+    b"PK\x03\x04": "it is a pickle (.pt): convert it to safetensors",
+    b"\x80\x02\x8a": "it is a pickle (.pt): convert it to safetensors",
+    b"<": "it is a web page: download the file itself",
+}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises InputError when it is not there, CheckpointError when it is damaged."""
+    """Tensors and metadata of a safetensors file.
+
+    Raises InputError when it is not there, PermissionDenied when it may not be read, CheckpointError when it is
+    damaged, something else, or holds numbers other than floats.
+    """
     if not path.is_file():
-        raise InputError(f"there is no weight file {path}", "check model.checkpoint")
+        raise InputError(f"there is no weight file {path}", "check the path")
     try:
+        with path.open("rb") as opened:
+            start = opened.read(64)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    except PermissionError as error:
+        raise PermissionDenied(f"may not read {path}", "check who owns the file") from error
     except (SafetensorError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {reason}",
-            "it was probably cut short: copy or download it again",
-        ) from error
+        message = f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {reason}"
+        raise CheckpointError(message, _way_out(start)) from error
+    if odd := next((name for name, value in state.items() if value.dtype not in FLOATS), None):
+        raise CheckpointError(f"{path}: tensor {odd} is {state[odd].dtype}", "convert it to float16 or float32")
+    return state, dict(metadata or {})
+
+
+def _way_out(start: bytes) -> str:
+    """What to do about a file that begins like this and is no safetensors file."""
+    found = (mend for mark, mend in IMPOSTORS.items() if start.startswith(mark))
+    return next(found, "it was probably cut short: copy or download it again")
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
@@ -46,7 +68,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
     }
     told = [f"{len(names)} {kind} ({', '.join(names[:SHOWN])})" for kind, names in faults.items() if names]
     if told:
-        raise CheckpointError(f"{name} does not fit the model: tensors {'; '.join(told)}", "is it another model's file?")
+        message = f"{name} does not fit the model: tensors {'; '.join(told)}"
+        raise CheckpointError(message, "is it another model's file, or damaged?")
     module.load_state_dict(state)
 
 

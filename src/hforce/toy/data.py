@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hforce.models.taehv import TAEHV
-from hforce.models.tiny import WORD_INDEX
+from hforce.models.tiny import LATENT_PIXELS, WORD_INDEX
 from hforce.toy.world import PIXELS, SLOTS, Scene, position, presence, render
 
 FRAMES = 81  # video frames of a clip: 5 s
@@ -70,18 +70,22 @@ class Clips:
 
 
 @torch.no_grad()
-def encode_clips(codec: TAEHV, seed: int, count: int, device: str, at_once: int = 32) -> Clips:
+def encode_clips(codec: TAEHV, seed: int, count: int, device: str, at_once: int = 8) -> Clips:
     """Renders and encodes clips 0 .. count - 1 of the data set. Latents come as the codec gives them."""
-    latents, masks, words = [], [], []
+    cells = PIXELS // LATENT_PIXELS
+    latents = torch.empty(count, LATENTS, codec.config.latent_channels, cells, cells, dtype=torch.float16)
+    mask = torch.empty(count, LATENTS, cells, cells, dtype=torch.bool)
+    words = torch.empty(count, len(SLOTS), dtype=torch.long)
     for start in range(0, count, at_once):
-        scenes = [scene_of(seed, i) for i in range(start, min(start + at_once, count))]
+        batch = range(start, min(start + at_once, count))
+        scenes = [scene_of(seed, i) for i in batch]
         video = torch.from_numpy(np.stack([render(scene, FRAMES) for scene in scenes]))
         video = video.to(device).permute(0, 1, 4, 2, 3).float() / 255
-        encoded = codec.encode_clip(video)
-        latents.append(encoded.half().cpu())
-        masks.extend(latent_mask(scene, encoded.shape[-1]) for scene in scenes)
-        words.extend(word_ids(scene.words) for scene in scenes)
-    return Clips(torch.cat(latents), torch.stack(masks), torch.tensor(words))
+        latents[batch.start : batch.stop] = codec.encode_clip(video).half().cpu()
+        for i, scene in zip(batch, scenes, strict=True):
+            mask[i] = latent_mask(scene, cells)
+            words[i] = torch.tensor(word_ids(scene.words))
+    return Clips(latents, mask, words)
 
 
 def save_clips(clips: Clips, path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hforce.toy.motion import PATHS, path_error
 from hforce.toy.reading import Reading, read_frames
-from hforce.toy.world import FPS, LOOP, MARGIN, PIXELS, SPEEDS, Scene
+from hforce.toy.world import FPS, LOOP, MARGIN, PIXELS, SPEEDS, Scene, check_words
 
 __all__ = ["Reading", "Scores", "drift", "read_frames", "score"]
 
@@ -61,9 +61,10 @@ def score(reading: Reading, words: Mapping[str, str] | Scene, fps: int = FPS) ->
     """Judge a reading by the words of its prompt (all, or some of them), second by second at `fps` frames a second.
 
     The first second is the first `fps` frames, for the object the first that show what is compared. Frames past the
-    last full second count to it.
+    last full second count to it. Raises DataError for words that the world does not have.
     """
     asked = words.words if isinstance(words, Scene) else dict(words)
+    check_words(asked)
     always, whole = np.ones(len(reading.x), bool), reading.whole
     right = {
         "color_right": (_says(reading.color, asked.get("color")), whole),

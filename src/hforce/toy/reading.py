@@ -1,7 +1,7 @@
 """What a video of the procedural world shows, from its pixels alone.
 
-Analysis by synthesis: the background is taken from the picture itself (it repeats every 8 pixels), what differs from it
-is cut out, the three shapes are drawn at the measured centre and size, and the one that explains the cut-out best wins.
+Analysis by synthesis: the background is taken from the picture itself (it repeats every 16 pixels), what differs from
+it is cut out, the three shapes are drawn at the measured centre and size, and the one that explains it best wins.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hforce.errors import DataError
+from hforce.toy.blobs import LEAST_AREA, areas, largest
 from hforce.toy.motion import likeliest_path
 from hforce.toy.world import (
     CELL,
@@ -30,7 +31,7 @@ from hforce.toy.world import (
 
 BATCH = 256  # video frames read at once: bounds memory
 CONTRAST = 40.0  # RGB distance from the background (0..441) at which a pixel belongs to an object
-LEAST_AREA = 16  # pixels; anything smaller is noise, not an object or a ghost
+GHOST_CONTRAST = 70.0  # the same for whatever else is there: a codec's halo reaches 60, a faint copy of an object 100
 SPARE = 2.5  # pixels around the fitted outline that still count as its (blurred) edge
 FAINT = 0.08  # coverage below this is noise
 POOR = 0.2  # squared error over area at which a fit by moments is not believed
@@ -48,7 +49,7 @@ Array = NDArray[Any]
 class Reading:
     """What a video of T frames shows. Words are "" and numbers nan where nothing can be said.
 
-    cells [T, 4, 3] RGB in 0..255 of the four quarters of the background's 8 x 8 tile; ground, pattern [T] its words;
+    cells [T, 4, 3] RGB in 0..255 of the four quarters of the background's 16 x 16 tile; ground, pattern [T] its words;
     tint [T] its brightness over the word's; objects [T] how many there are; ghosts [T] the area of all but the main
     one, in areas of the main one; visible [T] the fraction of the main one inside the picture; color, shape, mark [T]
     its words; hue [T] in degrees 0..360; size [T] in pixels and sharpness [T], the steepness of its edge, where it is
@@ -113,14 +114,13 @@ class _Figure:
 def _read(video: NDArray[np.uint8]) -> dict[str, Array]:
     """The arrays of a Reading, for a short stretch of video."""
     pixels = video.astype(np.float32)
-    tile = _tile(video)
-    cells = tile.reshape(-1, 2, CELL, 2, CELL, 3)[:, :, 1:-1, :, 1:-1].mean((2, 4)).reshape(-1, 4, 3)
-    figure = _figure(pixels, _tiled(tile))
+    cells, ground = _ground(video)
+    figure = _figure(pixels, ground)
     cover = np.nan_to_num(np.clip(0.5 - figure.outline, 0, 1))
     area = np.nan_to_num(figure.size**2 * _per_word(figure.shape, AREAS), nan=AREAS["circle"] * COMMON_SIZE**2)
     visible = np.minimum(cover.sum((1, 2)) / area, 1)
     whole = visible >= WHOLE
-    others = [[_area(blob) for blob in _blobs(rest)] for rest in figure.rest]
+    others = [areas(rest) for rest in figure.rest]
     dot = np.clip(0.5 + MARK_RADIUS * figure.size[:, None, None] - _radius(figure), 0, 1).astype(np.float32)
     mark, mark_paint = _marks(pixels, figure)
     color, hue = _color_words(figure.paint)
@@ -128,8 +128,8 @@ def _read(video: NDArray[np.uint8]) -> dict[str, Array]:
     return {
         "cells": cells,
         **_ground_words(cells),
-        "objects": np.isfinite(figure.size) + np.array([len(areas) for areas in others]),
-        "ghosts": np.array([sum(areas) for areas in others]) / area,
+        "objects": np.isfinite(figure.size) + np.array([len(each) for each in others]),
+        "ghosts": np.array([sum(each) for each in others]) / area,
         "visible": visible,
         "color": color,
         "shape": np.where(whole, figure.shape, ""),
@@ -146,26 +146,27 @@ def _read(video: NDArray[np.uint8]) -> dict[str, Array]:
 # --- background ------------------------------------------------------------------------------------------------------
 
 
-def _tile(video: NDArray[np.uint8]) -> Array:
-    """The background's repeating tile: the median over its 64 places, float32 [T, 8, 8, 3]. An object covers few."""
+def _ground(video: NDArray[np.uint8]) -> tuple[Array, Array]:
+    """The background's four tones [T, 4, 3] and the background itself [T, 64, 64, 3], both float32 in 0..255.
+
+    Each place of its tile is the median over the tile's repetitions, so a blurred pattern stays blurred. Where many
+    objects stand in for the background, a place would be far from its tone; it is given its tone then.
+    """
     side, count = 2 * CELL, PIXELS // (2 * CELL)
-    places = (
-        video.reshape(-1, count, side, count, side, 3).transpose(0, 2, 4, 5, 1, 3).reshape(len(video), -1, count**2)
-    )
+    places = video.reshape(-1, count, side, count, side, 3).transpose(0, 2, 4, 5, 1, 3).reshape(-1, count**2)
     middle = (count**2 // 2 - 1, count**2 // 2)
-    tile: Array = np.partition(places, middle, axis=-1)[..., middle].mean(-1, dtype=np.float32)
-    return tile.reshape(-1, side, side, 3)
+    tile = np.partition(places, middle, axis=1)[:, middle].mean(1, dtype=np.float32).reshape(-1, side, side, 3)
+    inner = tile.reshape(-1, 2, CELL, 2, CELL, 3)[:, :, 1:-1, :, 1:-1]
+    cells: Array = np.median(inner, axis=(2, 4)).reshape(-1, 4, 3)
+    sharp, soft = _spread(cells), np.tile(tile, (1, count, count, 1))
+    far = np.square(soft - sharp).sum(-1, keepdims=True) > CONTRAST**2
+    return cells, np.where(far, sharp, soft)
 
 
 def _spread(cells: Array) -> Array:
     """The background with these four tones and sharp edges: [T, 4, 3] -> [T, 64, 64, 3]."""
-    return _tiled(cells.reshape(-1, 2, 2, 3).repeat(CELL, 1).repeat(CELL, 2))
-
-
-def _tiled(tile: Array) -> Array:
-    """Pictures [T, 64, 64, 3] that repeat tiles [T, 8, 8, 3]."""
     count = PIXELS // (2 * CELL)
-    return np.tile(tile, (1, count, count, 1))
+    return np.tile(cells.reshape(-1, 2, 2, 3).repeat(CELL, 1).repeat(CELL, 2), (1, count, count, 1))
 
 
 def _ground_words(cells: Array) -> dict[str, Array]:
@@ -188,58 +189,18 @@ def _ground_words(cells: Array) -> dict[str, Array]:
 
 # --- object ----------------------------------------------------------------------------------------------------------
 
-Blob = list[tuple[int, int, int]]  # connected pixels, as runs: row, first column, column after the last
-
 
 def _figure(pixels: Array, ground: Array) -> _Figure:
     """Cut the main object out of frames [T, 64, 64, 3] on their backgrounds, and fit its shape."""
     away = pixels - ground
-    mask = np.einsum("tyxc,tyxc->tyx", away, away) > CONTRAST**2
-    main = np.stack([_largest(each) for each in mask])
+    contrast = np.sqrt(np.einsum("tyxc,tyxc->tyx", away, away))
+    mask = contrast > CONTRAST
+    main = np.stack([largest(each) for each in mask])
     paint = np.stack([_paint(frame[each]) for frame, each in zip(pixels, main, strict=True)])
     alpha = _coverage(away, paint[:, None, None] - ground, main, mask & ~main)
     shape, size, x, y, plain = _fit(alpha)
     outline = _outline(shape, size, x, y)
-    return _Figure(mask & ~(outline <= SPARE), paint, alpha, shape, size, x, y, plain, outline)
-
-
-def _blobs(mask: Array) -> list[Blob]:
-    """Connected parts (also over corners) of a mask [64, 64] that are large enough, largest first."""
-    if np.count_nonzero(mask) < LEAST_AREA:
-        return []
-    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(steps == 1)
-    runs = list(zip(rows.tolist(), starts.tolist(), np.nonzero(steps == -1)[1].tolist(), strict=True))
-    owner = list(range(len(runs)))
-
-    def root(i: int) -> int:
-        while owner[i] != i:
-            i = owner[i]
-        return i
-
-    above = 0
-    for i, (row, start, end) in enumerate(runs):
-        while runs[above][0] < row - 1:
-            above += 1
-        for j in range(above, i):
-            if runs[j][0] == row - 1 and runs[j][1] <= end and start <= runs[j][2]:
-                owner[root(j)] = root(i)
-    blobs: dict[int, Blob] = {}
-    for i, run in enumerate(runs):
-        blobs.setdefault(root(i), []).append(run)
-    return sorted((blob for blob in blobs.values() if _area(blob) >= LEAST_AREA), key=_area, reverse=True)
-
-
-def _area(blob: Blob) -> int:
-    return sum(end - start for _, start, end in blob)
-
-
-def _largest(mask: Array) -> Array:
-    """The largest connected part of a mask [64, 64], as a mask; empty if all are noise."""
-    main = np.zeros_like(mask)
-    for row, start, end in next(iter(_blobs(mask)), []):
-        main[row, start:end] = True
-    return main
+    return _Figure((contrast > GHOST_CONTRAST) & ~(outline <= SPARE), paint, alpha, shape, size, x, y, plain, outline)
 
 
 def _paint(colors: Array) -> Array:
@@ -317,10 +278,22 @@ def _rim(cover: Array) -> Array:
 
 
 def _misfit(alpha: Array, word: str, size: Array, x: Array, y: Array) -> Array:
-    """Squared error [T], in pixels, between coverages [T, 64, 64] and one shape drawn at size, x, y [T]."""
-    drawn = np.clip(0.5 - _outline(np.full(len(x), word), size, x, y), 0, 1)
+    """Squared error [T], in pixels, between coverages [T, 64, 64] and one shape drawn at size, x, y [T].
+
+    The drawing is a little blurred: an autoencoder rounds the corners of a square, and should not make it a circle.
+    """
+    drawn = _blurred(np.clip(0.5 - _outline(np.full(len(x), word), size, x, y), 0, 1))
     error: Array = np.einsum("tyx,tyx->t", alpha - drawn, alpha - drawn)
     return error
+
+
+def _blurred(pictures: Array) -> Array:
+    """Pictures [T, 64, 64] after a binomial blur of three pixels each way, up to their edges."""
+    soft = pictures.copy()
+    soft[:, 1:-1] = (pictures[:, :-2] + 2 * pictures[:, 1:-1] + pictures[:, 2:]) / 4
+    both = soft.copy()
+    both[:, :, 1:-1] = (soft[:, :, :-2] + 2 * soft[:, :, 1:-1] + soft[:, :, 2:]) / 4
+    return both
 
 
 def _search(alpha: Array, size: float) -> tuple[int, float, float]:

@@ -94,11 +94,7 @@ class Scene:
     tint: float = 1.0
 
     def __post_init__(self) -> None:
-        for slot, known in (*SLOTS.items(), ("mark", MARKS)):
-            if getattr(self, slot) not in known:
-                raise DataError(
-                    f"the tiny world has no {slot} {getattr(self, slot)!r}", mend=f"one of: {', '.join(known)}"
-                )
+        check_words({**self.words, "mark": self.mark})
 
     @property
     def words(self) -> Prompt:
@@ -204,6 +200,14 @@ def parse(text: str) -> Parsed:
         if not word or words.setdefault(slot, word) != word:
             unknown[token] = None
     return Parsed({slot: words[slot] for slot in SLOTS if slot in words}, tuple(unknown))
+
+
+def check_words(words: Mapping[str, str]) -> None:
+    """Raises DataError for a slot, or a word of it, that this world does not have; it names those it has."""
+    for slot, word in words.items():
+        known = {**SLOTS, "mark": MARKS}.get(slot, ())
+        if word not in known:
+            raise DataError(f"the tiny world has no {slot} {word!r}", mend=f"one of: {', '.join(known or SLOTS)}")
 
 
 def complete(words: Mapping[str, str], key: str) -> Prompt:

@@ -1,0 +1,1 @@
+"""How tokens attend: rotary positions, and dense attention over whole clips."""

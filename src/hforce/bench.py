@@ -1,0 +1,348 @@
+"""The same script under several caches, in turns: what each costs, and how far it drifts."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import hforce
+from hforce.bench_report import BenchResult, Sample, Trial, choose_reference, make_rows
+from hforce.bench_report import plot as plot
+from hforce.bench_report import table as table
+from hforce.bench_report import to_json as to_json
+from hforce.build import Plan, build_backbone, build_plan, build_roles, build_script, build_stream
+from hforce.cache.roles import head_order
+from hforce.config import SETUPS, Config, with_setup
+from hforce.errors import ConfigError, HforceError
+from hforce.generate import decoded
+from hforce.models.base import Backbone
+from hforce.plots import check_plot as check_plot
+from hforce.prompts import Item, Shot, load_prompts
+from hforce.resources import resource
+from hforce.rules import nearest
+from hforce.stream import Chunk, Stream, Take
+from hforce.toy.metrics import drift, read_frames
+from hforce.toy.world import FPS, PIXELS, parse
+from hforce.weigh import tensor_bytes, weigh
+
+JUDGED = "tiny"  # the model whose world is known well enough to judge its videos
+# Drift is read off the first and the last five seconds. The judge looks a little further: a motion shows in the 64
+# frames around a second, and an object may rightly be out of sight for five.
+HEAD_SECONDS, TAIL_SECONDS = 7, 10
+SETTLED = 20  # chunks after which the process should not grow any more
+
+Decoded = tuple[Chunk, NDArray[np.uint8], dict[str, float]]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class BenchProgress:
+    """Told after every chunk: chunks done and in all, over all setups and prompts, and who made it for which prompt."""
+
+    done: int
+    total: int
+    setup: str
+    prompt: str
+    label: str = "chunks"
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all setups play: the shots of a prompt, cut into chunks and encoded once, which took so many seconds."""
+
+    shots: tuple[Shot, ...]
+    plan: Plan
+    seed: int
+    script: list[Take]
+    encoding: float
+
+
+class Edges:
+    """Keeps the beginning and the end of a video of `frames` frames in `video`, uint8 [T, H, W, 3]: all `drift` needs.
+
+    The memory is taken at once, so that keeping frames does not look like a process that grows.
+    """
+
+    def __init__(self, frames: int) -> None:
+        head, tail = HEAD_SECONDS * FPS, (frames // FPS - TAIL_SECONDS) * FPS
+        self._wanted = [*range(head), *range(tail, frames)] if tail > head else list(range(frames))
+        self.video = np.full((len(self._wanted), PIXELS, PIXELS, 3), 1, np.uint8)
+
+    def look(self, first: int, frames: NDArray[np.uint8]) -> None:
+        """Takes what is wanted of frames [T, H, W, 3], the first of which is number `first`."""
+        begin, end = (bisect_left(self._wanted, number) for number in (first, first + len(frames)))
+        for place in range(begin, end):
+            self.video[place] = frames[self._wanted[place] - first]
+
+
+@dataclass
+class Entrant:
+    """One setup on its way through a course."""
+
+    setup: str
+    stream: Stream
+    backbone: Backbone
+    course: Course
+    edges: Edges | None
+    clock: Clock
+    samples: list[Sample] = field(default_factory=list)
+    opening: int | None = None  # bytes a stream keeps after its first chunk
+    done: int = 0  # video frames
+
+    def __post_init__(self) -> None:
+        self._player: Iterator[Decoded] = iter(())
+
+    def open(self, device: torch.device) -> None:
+        """Makes the first chunk, untimed, so that all is warm, and weighs what stays; then goes back to the start."""
+        self._player = self._play()
+        weighed = weigh(self._next, device)
+        self.opening = weighed.left if weighed else None
+        self._player = self._play()
+
+    def advance(self) -> Chunk:
+        """Makes and times the next chunk."""
+        begin = self.clock()
+        chunk, frames, seconds = self._next()
+        whole = self.clock() - begin
+        stages = (seconds["denoise"], seconds["commit"], seconds["decode"])
+        self.samples.append(Sample(chunk.number, len(frames), *stages, whole))
+        self._look(frames)
+        return chunk
+
+    def finish(self, device: torch.device) -> Trial:
+        """Makes the last chunk, untimed but weighed, and sums up."""
+        weighed = weigh(lambda: self._look(self._next()[1]), device)
+        stats, geometry = self.stream.cache.stats(), self.stream.cache.geometry
+        fixed = tensor_bytes(self.backbone.model, self.backbone.codec) + stats.nbytes
+        return Trial(
+            prompt=" | ".join(shot.prompt for shot in self.course.shots),
+            seed=self.course.seed,
+            samples=tuple(self.samples),
+            steady=geometry.span // geometry.chunk,
+            first_frame=self.course.encoding + self.samples[0].whole,
+            frames_read=stats.mean_frames,
+            kv_bytes=stats.nbytes,
+            peak_bytes=fixed + weighed.peak + self.opening if weighed and self.opening is not None else None,
+            drift=self._judge(),
+        )
+
+    def _play(self) -> Iterator[Decoded]:
+        return decoded(self.stream, self.course.script, self.backbone)
+
+    def _next(self) -> Decoded:
+        try:
+            return next(self._player)
+        except HforceError as error:
+            raise type(error)(f"setup {self.setup!r}: {error}", error.mend) from error
+
+    def _look(self, frames: NDArray[np.uint8]) -> None:
+        if self.edges:
+            self.edges.look(self.done, frames)
+        self.done += len(frames)
+
+    def _judge(self) -> dict[str, float] | None:
+        if self.edges is None:
+            return None
+        words = parse(self.backbone.encode_text.reads(self.course.shots[0].prompt)).words
+        return drift(read_frames(self.edges.video), words)
+
+
+@dataclass
+class Tally:
+    """Counts chunks, and tells of each."""
+
+    tell: Callable[[BenchProgress], None]
+    total: int
+    done: int = 0
+
+    def __call__(self, entrant: Entrant) -> None:
+        self.done += 1
+        self.tell(BenchProgress(self.done, self.total, entrant.setup, entrant.course.shots[0].prompt))
+
+
+def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
+    """Plays every prompt of config.bench under all its setups, chunk by chunk in turn, and times and weighs them.
+
+    Raises ConfigError for an unknown or repeated setup and for a video too short to time, and whatever stops a stream.
+    """
+    configs = choose_setups(config)
+    items = load_prompts(config.bench.prompts or resource("prompts/bench.txt"))
+    backbone = build_backbone(config)
+    courses = [plan_course(config, backbone, item) for item in items]
+    backbones = share_backbones(configs, backbone)
+    count = Tally(tell, sum(course.plan.total for course in courses) * len(configs))
+    races = []
+    for course in courses:
+        with paused_collector():  # nothing here keeps the entrants: their caches go before the next ones come
+            races.append(race([enter(name, configs[name], backbones[name], course) for name in configs], count))
+    trials = {name: tuple(finished[name] for finished, _ in races) for name in configs}
+    return BenchResult(
+        rows=make_rows(trials, config.bench.warmup),
+        trials=trials,
+        warmup=config.bench.warmup,
+        reference=choose_reference(list(configs)),
+        resident_growth_bytes=max((grown for _, grown in races if grown is not None), default=None),
+        environment=environment(backbone),
+        config=asdict(config),
+    )
+
+
+def choose_setups(config: Config) -> dict[str, Config]:
+    """A configuration for every setup to compare. Raises ConfigError where one is unknown, named twice, or none is."""
+    names = config.bench.setups
+    for name in names:
+        if name not in SETUPS:
+            raise ConfigError(f"unknown setup {name!r}{nearest(name, SETUPS)}", f"known are {', '.join(SETUPS)}")
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"bench.setups names {', '.join(names) or 'nothing'}", "name at least one, and each once")
+    return {name: with_setup(config, name) for name in names}
+
+
+def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
+    """The item cut into chunks and encoded. Raises ConfigError when nothing would be left to time."""
+    seconds = item.seconds or config.bench.seconds
+    shots = item.timed(seconds)
+    plan = build_plan(shots, seconds, config.video.fps, backbone)
+    warmup = config.bench.warmup
+    fewest = warmup + 2  # one is timed, and the last one weighed
+    if plan.total < fewest:
+        raise ConfigError(
+            f"a video of {seconds:g}s has {plan.total} chunks; with bench.warmup={warmup} it takes {fewest}",
+            "make it longer, or lower bench.warmup",
+        )
+    seed = config.bench.seed if item.seed is None else item.seed
+    clock = device_clock(device_of(backbone))
+    begin = clock()
+    script = build_script(shots, plan, backbone)
+    return Course(shots, plan, seed, script, clock() - begin)
+
+
+def share_backbones(configs: Mapping[str, Config], backbone: Backbone) -> dict[str, Backbone]:
+    """A backbone for every setup. Setups that order the heads alike share one, the others get copies of the model."""
+    found: dict[tuple[tuple[int, ...], ...], Backbone] = {}
+    chosen = {}
+    for name, config in configs.items():
+        order = head_order(build_roles(config.cache, backbone))
+        if order not in found:
+            found[order] = replace(backbone, model=copy.deepcopy(backbone.model)) if found else backbone
+        chosen[name] = found[order]
+    return chosen
+
+
+def enter(setup: str, config: Config, backbone: Backbone, course: Course) -> Entrant:
+    """A setup at the start of a course, with a cache of its own."""
+    stream = build_stream(config, backbone, course.plan.total, course.seed)
+    clock = stream.clock = device_clock(device_of(backbone))
+    judged = backbone.name == JUDGED and backbone.size == (PIXELS, PIXELS) and len(course.shots) == 1
+    return Entrant(setup, stream, backbone, course, Edges(course.plan.frames) if judged else None, clock)
+
+
+def race(entrants: Sequence[Entrant], count: Callable[[Entrant], None]) -> tuple[dict[str, Trial], int | None]:
+    """All entrants to the end of their course: their trials, and bytes by which the process grew after 20 chunks.
+
+    count is called after every chunk with the one who made it.
+    """
+    device = device_of(entrants[0].backbone)
+    for entrant in entrants:
+        entrant.open(device)
+    rounds, settled = entrants[0].course.plan.total - 1, None
+    for entrant, chunk in take_turns(entrants, rounds):
+        if chunk.number == SETTLED and settled is None:
+            settled = resident_bytes()
+        count(entrant)
+    final = resident_bytes()
+    trials = {}
+    for entrant in entrants:
+        trials[entrant.setup] = entrant.finish(device)
+        count(entrant)
+    return trials, final - settled if final is not None and settled is not None else None
+
+
+def take_turns(entrants: Sequence[Entrant], rounds: int) -> Iterator[tuple[Entrant, Chunk]]:
+    """Lets every entrant make a chunk a round; every second round backwards, so that nobody always follows the same."""
+    for number in range(rounds):
+        for entrant in entrants if number % 2 == 0 else reversed(entrants):
+            yield entrant, entrant.advance()
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Keeps Python's garbage collector from running in between."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def device_of(backbone: Backbone) -> torch.device:
+    """Where the transformer is."""
+    return backbone.model.patch_embedding.weight.device
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Seconds, read when all work queued on the device is done."""
+    if device.type == "cpu":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM; None on systems without /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def environment(backbone: Backbone) -> dict[str, Any]:
+    """Where and on what a bench ran."""
+    device = device_of(backbone)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "hforce": hforce.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(backbone.model.patch_embedding.weight.dtype).removeprefix("torch."),
+        "model": backbone.name,
+        "size": list(backbone.size),
+        "fingerprint": backbone.fingerprint,
+    }
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -1,0 +1,154 @@
+"""How good the tiny model is inside its trained five seconds: a table, its training curves, and contact sheets.
+
+    python -m hforce.toy.evaluate --out docs/tiny-model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hforce.build import build_backbone, build_plan, build_script, build_stream
+from hforce.config import Config, load_config
+from hforce.generate import decoded, to_bytes
+from hforce.models.base import Backbone
+from hforce.prompts import Shot
+from hforce.toy.metrics import Scores, read_frames, score
+from hforce.toy.world import FPS, Scene, render, sentence
+from hforce.video import contact_sheet
+
+log = logging.getLogger(__name__)
+
+SECONDS = 81 / FPS
+PROMPT_SEED = 20_000_000  # prompts are drawn from this seed; training draws its clips from seeds 0 and 1 000 000
+SHOWN = ("color_right", "shape_right", "ground_right", "pattern_right", "one_object", "motion_right", "mark_kept",
+         "hue_kept", "size_kept", "ghosts", "residual")  # fmt: skip
+
+Video = NDArray[np.uint8]
+
+
+def fresh_scenes(count: int) -> list[Scene]:
+    """Scenes that no training clip was drawn from."""
+    return [Scene.sample(np.random.default_rng((PROMPT_SEED, i))) for i in range(count)]
+
+
+def film(config: Config, backbone: Backbone, prompt: str, seed: int, seconds: float) -> Video:
+    """The video of a prompt, uint8 [T, H, W, 3]."""
+    shots = [Shot(prompt, seconds)]
+    plan = build_plan(shots, seconds, config.video.fps, backbone)
+    stream = build_stream(config, backbone, plan.total, seed)
+    script = build_script(shots, plan, backbone)
+    return np.concatenate([frames for _, frames, _ in decoded(stream, script, backbone)])
+
+
+def through_codec(backbone: Backbone, video: Video) -> Video:
+    """A video encoded and decoded again: the best that any transformer on this codec could do."""
+    tensor = torch.from_numpy(video).permute(0, 3, 1, 2)[None].float() / 255
+    with torch.inference_mode():
+        return to_bytes(backbone.codec.decoder()(backbone.codec.encode(tensor)))
+
+
+def judge(scenes: Sequence[Scene], make: Callable[[int, Scene], Video]) -> tuple[dict[str, list[float]], list[Video]]:
+    """Scores of every scene's video, each a mean over its seconds, and the videos."""
+    table: dict[str, list[float]] = {field.name: [] for field in fields(Scores)}
+    videos = []
+    for number, scene in enumerate(scenes):
+        videos.append(make(number, scene))
+        scores = score(read_frames(videos[-1]), scene)
+        for name, values in table.items():
+            known = getattr(scores, name)[np.isfinite(getattr(scores, name))]
+            values.append(float(known.mean()) if len(known) else np.nan)
+        log.info("%d of %d: %s", number + 1, len(scenes), sentence(scene.words))
+    return table, videos
+
+
+def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval over videos."""
+    known = np.array([v for v in values if np.isfinite(v)])
+    means = np.random.default_rng(0).choice(known, (draws, len(known))).mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(known.mean()), float(low), float(high)
+
+
+def markdown(tables: dict[str, dict[str, list[float]]]) -> str:
+    """One row per kind of video, one column per measure: mean [95 % interval]."""
+    lines = ["| video | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+    for name, table in tables.items():
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(table[measure])) for measure in SHOWN]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sheet(videos: Sequence[Video], path: Path, moments: int = 8) -> None:
+    """A row per video, `moments` pictures from first to last."""
+    pictures = []
+    for video in videos:
+        for i in np.linspace(0, len(video) - 1, moments).round().astype(int):
+            pictures.append((i / FPS, video[i].repeat(2, axis=0).repeat(2, axis=1)))
+    contact_sheet(pictures, path, moments)
+
+
+def curves(log_file: Path) -> Iterator[tuple[str, list[float], list[float]]]:
+    """Training curves out of log.jsonl: name, steps, values."""
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+    for stage, value in (("codec", "psnr"), ("validation", "clip"), ("validation", "first"), ("transformer", "loss")):
+        chosen = [line for line in lines if line["stage"] == stage]
+        yield f"{stage} {value}", [line["step"] for line in chosen], [line[value] for line in chosen]
+
+
+def plot_curves(log_file: Path, path: Path) -> None:
+    """Codec quality on the left, losses of the transformer on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    for name, steps, values in curves(log_file):
+        (left if name.startswith("codec") else right).plot(steps, values, label=name, linewidth=1)
+    left.set(title="codec", xlabel="step", ylabel="PSNR of training batches, dB")
+    right.set(title="transformer", xlabel="step", ylabel="weighted flow loss", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Command line: `python -m hforce.toy.evaluate --help`."""
+    parser = argparse.ArgumentParser(description="Judge the tiny model inside its trained five seconds.")
+    parser.add_argument("--out", type=Path, default=Path("build/evaluation"))
+    parser.add_argument("--log", type=Path, default=Path("build/tiny/log.jsonl"), help="curves, if they are there")
+    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options.out.mkdir(parents=True, exist_ok=True)
+    config = load_config(overrides=options.overrides)
+    backbone = build_backbone(config)
+    scenes = fresh_scenes(options.videos)
+    makers: dict[str, Callable[[int, Scene], Video]] = {
+        "truth": lambda _, scene: render(scene, 81),
+        "truth through the codec": lambda _, scene: through_codec(backbone, render(scene, 81)),
+        "tiny model, from text": lambda i, scene: film(config, backbone, sentence(scene.words), i, SECONDS),
+    }
+    results = {name: judge(scenes, make) for name, make in makers.items()}
+    tables = {name: table for name, (table, _) in results.items()}
+    (options.out / "table.md").write_text(markdown(tables))
+    (options.out / "scores.json").write_text(json.dumps(tables, indent=1))
+    sheet(results["tiny model, from text"][1][:12], options.out / "five-seconds.png")
+    if options.log.exists():
+        plot_curves(options.log, options.out / "curves.png")
+    log.info("%s", (options.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
