@@ -1,15 +1,20 @@
-"""Settings that every test shares, and a tiny model of random weights for those that make videos."""
+"""What many tests share: settings, a tiny model of random weights, and the command line run in this process."""
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import nn
 
+from hforce import cli
 from hforce.cache import roles
 from hforce.models.tiny import TinyModel
 from hforce.models.weights import fingerprint
@@ -77,3 +82,46 @@ def random_profile(tiny: TinyModel, seed: int = 0) -> roles.Profile:
         heads=tuple(record(layer, head) for layer in range(config.layers) for head in range(config.heads)),
         summary=roles.Summary(counts=role_map.counts(), split_half_agreement=1.0),
     )  # fmt: skip
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def fails(self, code: int, *told: str) -> None:
+        """It ended with this code and a message of hforce's that says all this; standard output stayed empty."""
+        assert self.code == code, self.err
+        assert self.out == ""
+        assert self.err.startswith("hforce: error: ")
+        assert [text for text in told if text not in self.err] == []
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
+    """Runs the command line in this process, in an empty folder; expected failures must never show a traceback."""
+    monkeypatch.chdir(tmp_path)
+    root, own = logging.getLogger(), logging.getLogger("hforce")
+    before = root.handlers[:], root.level, own.level
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["hforce", *map(str, arguments)])
+        code = cli._run()
+        done = Done(code, *capsys.readouterr())
+        assert "Traceback" not in done.err
+        return done
+
+    yield run
+    root.handlers[:], root.level, own.level = before[0], before[1], before[2]
+
+
+@pytest.fixture
+def generate(command: Command, weights: Path, heads: Path) -> Command:
+    """`hforce generate` with the random model: a second, in one denoising step."""
+    own = ("-m", weights, "--profile", heads, "--upscale", "1", "-d", "1s", "--set", "sample.steps=[1000]")
+    return lambda *arguments: command("generate", *own, *arguments)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hforce.attention.dense import BlockCausal, plain_softmax, sdpa
+from hforce.attention.dense import BlockCausal, Kernel, plain_softmax, sdpa
 from hforce.attention.rope import Rope3D, turn
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import make_policy
@@ -85,9 +85,10 @@ def test_single_chunk_with_a_timestep_per_frame(name: str) -> None:
 
 @pytest.mark.parametrize("kernel", [sdpa, plain_softmax])
 @pytest.mark.parametrize(
-    ("name", "blocks", "window"), [("block3", [3] * 3, 0), ("block3_local6", [3] * 3, 6), ("first1_block3", [1, 3, 3], 0)]
+    ("name", "blocks", "window"),
+    [("block3", [3] * 3, 0), ("block3_local6", [3] * 3, 6), ("first1_block3", [1, 3, 3], 0)],
 )
-def test_whole_clip_with_block_causal_mask(name: str, blocks: list[int], window: int, kernel) -> None:  # type: ignore[no-untyped-def]
+def test_whole_clip_with_block_causal_mask(name: str, blocks: list[int], window: int, kernel: Kernel) -> None:
     wan, data = model("tiny24"), golden("tiny24.full_sequence")
     attend = BlockCausal(Rope3D((3, 4), 24), blocks, window, kernel=kernel)
     text = wan.project_text(data[f"{name}.context"])

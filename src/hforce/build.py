@@ -100,6 +100,16 @@ def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
     return profile
 
 
+def check_cache(cache: CacheConfig, backbone: Backbone) -> None:
+    """Finds out whether a cache can be built for this model, without building it.
+
+    Raises ConfigError for a policy that cannot be, InputError or DataError for the profile.
+    """
+    build_roles(cache, backbone)
+    for role in HeadRole:
+        build_policy(cache, role, backbone.geometry, chunks=1)
+
+
 def build_cache(cache: CacheConfig, backbone: Backbone, roles: RoleMap, chunks: int) -> HeadCache:
     """The cache, its memory allocated. `chunks` sizes the policy that keeps everything."""
     geometry = backbone.geometry

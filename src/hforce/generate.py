@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hforce
-from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream
+from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache
 from hforce.config import Config
 from hforce.documents import read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
@@ -84,6 +84,7 @@ def run(
     targets = choose_targets(items, output)
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
     backbone = build_backbone(config)
+    check_cache(config.cache, backbone)
     jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
     done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])

@@ -13,7 +13,7 @@ def rotary_pairs(head_dim: int) -> tuple[int, int, int]:
 
 
 def ladder(pairs: int, theta: float) -> Tensor:
-    """The angles per position of one axis: theta ** (-i / pairs), float64 [pairs]. Each axis has a ladder of its own."""
+    """Angles per position of one axis: theta ** (-i / pairs), float64 [pairs]. Each axis has a ladder of its own."""
     return theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
 
 
@@ -42,7 +42,7 @@ class Rope3D:
         """Phases of the space pairs, complex64 [S, D/2 - time pairs]."""
 
     def time(self, index: Tensor) -> Tensor:
-        """Phases of the time pairs at positions `index` [...] (may be fractional or negative): complex64 [..., time pairs]."""
+        """Phases of the time pairs at positions `index` [...], fractional or negative too: complex64 [..., pairs]."""
         return _phase(index.to(torch.float64).cpu()[..., None] * self._ladder, self._device)
 
     def full(self, index: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _run(layers: nn.Sequential, x: Tensor, memory: Memory | None) -> tuple[Tenso
 
 
 class TAEHV(nn.Module):
-    """Causal autoencoder with 4 video frames per latent frame (github.com/madebyollin/taehv, MIT; key names as released).
+    """Causal autoencoder, 4 video frames per latent frame (github.com/madebyollin/taehv, MIT; key names as released).
 
     One code path serves whole clips and streams: `decode_stream` of a clip in pieces equals the clip at once.
     """
@@ -137,7 +137,7 @@ class TAEHV(nn.Module):
         return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width, 3 * c.patch**2, 3, padding=1))
 
     def encode(self, video: Tensor) -> Tensor:
-        """video [B, T, 3, H, W] in 0..1 -> latents [B, ceil(T / stride), C, h, w]; the last frame is repeated to fill up."""
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, ceil(T / stride), C, h, w]; the last frame fills up."""
         missing = -video.shape[1] % self.config.stride
         if missing:
             video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)

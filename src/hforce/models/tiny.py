@@ -60,7 +60,7 @@ class TinyModel(nn.Module):
         state, metadata = read_safetensors(path)
         try:
             model = cls(WanConfig(**_sizes(metadata["dit"])), TaehvConfig(**_sizes(metadata["codec"])))
-        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             message = f"{path} holds no tiny model: its sizes are missing, or such as no model has"
             raise CheckpointError(message, "make one with: make tiny") from error
         load_strictly(model, {name: value.float() for name, value in state.items()}, str(path))

@@ -33,7 +33,8 @@ def object_mask(scene: Scene, cells: int, first: int = 0, frames: int = FRAMES) 
     t = np.arange(first, first + frames)
     x, y = position(scene, t)
     centres = (np.arange(cells) + 0.5) * (PIXELS / cells)
-    far = np.maximum(np.abs(centres[None, None, :] - x[:, None, None]), np.abs(centres[None, :, None] - y[:, None, None]))
+    across, down = centres[None, None, :] - x[:, None, None], centres[None, :, None] - y[:, None, None]
+    far = np.maximum(np.abs(across), np.abs(down))
     return torch.from_numpy((far < scene.size + REACH) & (presence(scene, t) > 0)[:, None, None])
 
 
@@ -44,7 +45,7 @@ def latent_mask(scene: Scene, cells: int) -> Tensor:
 
 
 def video_batch(seed: int, step: int, size: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Short pieces of fresh clips for the autoencoder: video [B, T, 3, 64, 64] in 0..1 and object mask [B, T, 1, 64, 64]."""
+    """Short pieces of fresh clips for the codec: video [B, T, 3, 64, 64] in 0..1, object mask [B, T, 1, 64, 64]."""
     rng = np.random.default_rng((seed, 1, step))
     videos, masks = [], []
     for _ in range(size):
@@ -57,7 +58,7 @@ def video_batch(seed: int, step: int, size: int, frames: int) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Clips:
-    """Encoded clips, in memory. latents float16 [K, 21, C, 8, 8] (normalised), mask bool [K, 21, 8, 8], words [K, 8]."""
+    """Encoded clips. latents float16 [K, 21, C, 8, 8] (normalised), mask bool [K, 21, 8, 8], words [K, 8]."""
 
     latents: Tensor
     mask: Tensor

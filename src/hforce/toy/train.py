@@ -43,7 +43,7 @@ class Recipe:
     codec_lr: float = 4e-3
     latent_noise: float = 0.04  # added to latents while the codec learns, so that it forgives the transformer's errors
     clips: int = 6000
-    steps: int = 2000
+    steps: int = 1400
     batch: int = 12
     first_batch: int = 32  # first chunks on their own, extra in every step: they are the hardest
     lr: float = 2e-3
@@ -130,7 +130,8 @@ def train_codec(run: Run, model: TinyModel) -> None:
     start = _resume(run, "codec.pt", codec, optimizer)
     for step in range(start, recipe.codec_steps):
         generator = torch.Generator(run.device).manual_seed(recipe.seed * 1_000_003 + step)
-        video, mask = (x.to(run.device) for x in video_batch(recipe.seed, step, recipe.codec_batch, recipe.codec_frames))
+        batch = video_batch(recipe.seed, step, recipe.codec_batch, recipe.codec_frames)
+        video, mask = (x.to(run.device) for x in batch)
         with _autocast(run.device):
             latents = codec.encode_clip(video)
             noise = torch.randn(latents.shape, generator=generator, device=run.device)
@@ -203,7 +204,7 @@ class Trainer:
         return torch.lerp(x0, self._randn(x0.shape, generator), level * used)
 
     def _sigmas(self, batch: int, chunks: int, generator: torch.Generator) -> Tensor:
-        """Noise levels [B, chunks]: three in four shifted towards noise, as they are met in sampling, one in four uniform."""
+        """Noise levels [B, chunks]: three in four shifted to where sampling meets them, one in four uniform."""
         s = torch.rand((batch, chunks), generator=generator, device=self.device)
         shift = 1 + (self.recipe.shift - 1) * (torch.rand(s.shape, generator=generator, device=self.device) < 0.75)
         return shift * s / (1 + (shift - 1) * s)
@@ -218,13 +219,14 @@ def train_transformer(run: Run, model: TinyModel, clips: Clips) -> TinyModel:
     init_weights(model, recipe.seed)
     average = copy.deepcopy(model)
     learned = nn.ModuleDict({"dit": model.dit, "words": model.words})
-    optimizer = Optimizer(learned, recipe.lr, recipe.adam_lr, lambda n, p: "blocks" in n and n.endswith("weight") and p.ndim == 2)
+    optimizer = Optimizer(learned, recipe.lr, recipe.adam_lr, lambda n, p: "blocks" in n and p.ndim == 2)
     start = _resume(run, "transformer.pt", model, optimizer, average)
     trainer, judge = Trainer(model, recipe, run.device), Trainer(average, recipe, run.device)
     held_out = encode_held_out(run, model)
     for step in range(start, recipe.steps):
         generator = torch.Generator(run.device).manual_seed(recipe.seed * 1_000_003 + step)
-        picks = torch.randint(recipe.clips, (recipe.batch + recipe.first_batch,), generator=torch.Generator().manual_seed(step))
+        drawing = torch.Generator().manual_seed(step)
+        picks = torch.randint(recipe.clips, (recipe.batch + recipe.first_batch,), generator=drawing)
         loss = trainer.clip_loss(clips.batch(picks[: recipe.batch], run.device), generator)
         loss.backward()
         first = trainer.first_loss(clips.batch(picks[recipe.batch :], run.device), generator)
