@@ -13,7 +13,7 @@ from hforce.models.dit import WanConfig
 from hforce.models.taehv import TaehvConfig
 from hforce.models.tiny import TinyModel
 from hforce.toy.data import encode_clips, latent_mask, object_mask, scene_of, video_batch, word_ids
-from hforce.toy.evaluate import curves, interval, markdown, sheet
+from hforce.toy.evaluate import SHOWN, curves, interval, markdown, sheet
 from hforce.toy.train import Recipe, Run, Trainer, init_weights, make_clips, rate, train_codec, train_transformer
 from hforce.toy.world import SLOTS
 
@@ -143,8 +143,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_reports_show_intervals_and_rows(tmp_path):
     mean, low, high = interval([0.0, 1.0, 1.0, float("nan"), 1.0])
     assert low < mean == 0.75 < high
-    measures = ("color_right", "shape_right", "ground_right", "pattern_right", "one_object")
-    table = {name: [1.0, 0.5] for name in (*measures, "motion_right", "mark_kept", "hue_kept", "size_kept", "ghosts", "residual")}
+    table = {name: [1.0, 0.5] for name in SHOWN}
     text = markdown({"truth": table})
     assert text.splitlines()[2].startswith("| truth | 0.750 [0.500, 1.000] |")
     video = torch.zeros(9, 64, 64, 3, dtype=torch.uint8).numpy()
