@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,22 @@ from hforce.errors import DataError, PermissionDenied, WriteError
 unprivileged = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 
 
-@pytest.fixture
+@contextmanager
 def short_files() -> Iterator[int]:
-    """No file may grow past 1000 bytes, as on a full disk."""
+    """No file may grow past 1000 bytes, as on a full disk; not even the log of the test run."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield 1000
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_document_and_no_draft(tmp_path: Path, short_files: int) -> None:
+def test_a_full_disk_leaves_the_old_document_and_no_draft(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_document(path, "old")
-    with pytest.raises(WriteError, match=r"writing .*a\.json failed"):
-        write_document(path, "x" * (short_files + 1))
+    with short_files() as limit, pytest.raises(WriteError, match=r"writing .*a\.json failed"):
+        write_document(path, "x" * (limit + 1))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
