@@ -49,7 +49,6 @@ tiny: $(STAMP) ## train the tiny model again
 
 demo: $(STAMP) ## a one-minute video from the tiny model
 	@$(VENV)/bin/hforce generate --prompt-file prompts/demo.txt --duration 60s -o $(DEMO)
-	@find $(DEMO) -path '*/work' -prune -o \( -name '*.mp4' -o -name '*.png' \) -print
 
 bench: $(STAMP) ## compare caches on the tiny model
 	@$(VENV)/bin/hforce bench
