@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from hforce.errors import cannot_write
-from hforce.plots import check_plot
+from hforce.plots import check_plot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -285,13 +283,7 @@ def plot(result: BenchResult, path: Path) -> None:
     _draw_speeds(speeds, result.rows)
     for axes in drifts:
         _draw_drift(axes, result.rows)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    save_figure(figure, path)
 
 
 def _panels(figure: Any, judged: bool) -> list[Axes]:

@@ -13,6 +13,7 @@ from hforce.errors import OutputError, UnavailableError, cannot_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Blue, orange and gray of Okabe and Ito stay apart for all kinds of colour vision; letters and markers tell as much.
 COLORS: Mapping[HeadRole, str] = MappingProxyType(
@@ -92,6 +93,11 @@ def plot(profile: Profile, path: Path) -> None:
     figure.suptitle(_headline(profile), x=0.012, ha="left", fontsize=11.5, color=INK, parse_math=False, linespacing=1.5)
     _scatter(left, profile)
     _tiles(right, profile)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG; its folder is made. Raises OutputError, PermissionDenied or WriteError."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     try:
