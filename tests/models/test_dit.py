@@ -17,7 +17,7 @@ from hforce.cache.policies.local import Local
 from hforce.cache.policies.memory import Memory
 from hforce.cache.policies.sink import Sink
 from hforce.cache.roles import HeadRole, RoleMap, head_order
-from hforce.models.dit import CausalWan, RMSNorm, add_gated, modulate, sinusoid
+from hforce.models.dit import CausalWan, Gelu, RMSNorm, add_gated, modulate, sinusoid
 
 GRID, WIDTH = (2, 3), 12
 DENSE = BlockCausal(Rope3D(GRID, WIDTH), [3])
@@ -178,3 +178,9 @@ def test_permuted_model_and_roles_are_the_model_as_it_was() -> None:
         close(flow, plain(x, t, plain.project_text(text), loop.attend), 2e-5)
         cache.advance()
         loop.advance(placed(cache))
+
+
+def test_the_quick_gelu_is_the_tanh_form() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([1e4, -1e4])])
+    with torch.inference_mode():
+        close(Gelu()(x), F.gelu(x, approximate="tanh"), 1e-5)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from hforce.attention.rope import Rope3D, turn
@@ -37,16 +36,10 @@ class Lane:
     role: HeadRole
     policy: CachePolicy
     slot: dict[int, int] = field(default_factory=dict)  # frame index -> slot
+    written: dict[int, int] = field(default_factory=dict)  # frame index -> time at which its key was written, 0 .. F-1
     held: list[Frame] = field(default_factory=list)
     placed: Placement = Placement((), ())
-    staging: list[int] = field(default_factory=list)  # slots of the chunk being made
-    writes: Tensor | None = None  # the same on the device, [chunk]
     likeness: KeyLikeness | None = None
-
-    @property
-    def live(self) -> int:
-        """Slots that hold a frame of the past."""
-        return len(self.held)
 
 
 @dataclass
@@ -54,23 +47,42 @@ class Group:
     """Lanes with the same number of slots, whose heads lie side by side in one store per layer."""
 
     lanes: list[Lane]
-    size: int  # slots a head owns
     heads: list[list[tuple[int, int]]]  # [layer][lane] -> first and last + 1 of its heads, in the model's order
     keys: list[Tensor]  # per layer [heads, slots, S, D], rotated for the chunk being made
     values: list[Tensor]  # per layer [heads, slots, S, D]
-    times: list[Tensor]  # per layer [heads, slots, S, time dims]: the part of the keys that turns in time, unturned
+    times: list[Tensor]  # per layer [heads, slots - chunk, S, time dims]: what turns in time of past keys, as written
+
+    def rows(self, lane: Lane) -> list[slice]:
+        """Where the lane's heads are in the stores of every layer."""
+        at = self.lanes.index(lane)
+        begins = [sum(last - first for first, last in spans[:at]) for spans in self.heads]
+        return [
+            slice(begin, begin + spans[at][1] - spans[at][0]) for begin, spans in zip(begins, self.heads, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One dense attention of a layer: its heads first .. last - 1, where they write the chunk, and what they read."""
+
+    first: int
+    last: int
+    write_keys: Tensor  # [N, heads, D], views of the stores as are the others
+    write_values: Tensor
+    keys: Tensor  # [1, heads, (F + past) S, D]
+    values: Tensor
 
 
 class HeadCache:
     """The keys and values of the past, one store per head, sized by what its role's policy may ever hold.
 
-    A slot holds one latent frame of one head. Each head owns `capacity + chunk` slots, allocated here and never
-    again. The `chunk` free ones are *staging*: every pass, noisy or clean, overwrites them, and `advance` makes what
-    the last pass left there part of the past. So noisy passes leave no trace, and there is no mode to forget.
+    A slot holds one latent frame of one head. Each head owns `chunk + capacity` slots, allocated here and never
+    again. The first `chunk` of them are *staging*: every pass, noisy or clean, overwrites them, and `advance` makes
+    what the last pass left there part of the past. So noisy passes leave no trace, and there is no mode to forget.
 
-    Temporal RoPE is re-encoded head by head: keys are stored without it, and `advance` turns the kept ones to the
-    distance at which their policy places them. Attention does not care about the order of keys, so a frame stays in
-    its slot until it is dropped, and all heads with equally many frames are one dense call.
+    Temporal RoPE is re-encoded head by head: `advance` turns the kept keys to the distance at which their policy
+    places them, always from the key as it was written. Attention does not care about the order of keys, so a frame
+    stays in its slot until it is dropped, and all heads with equally many frames are one dense call.
 
     The heads of a role must be neighbours in every layer (`roles.head_order`, `CausalWan.order_heads`).
     Raises ConfigError where they are not, and where a role has no policy.
@@ -93,16 +105,16 @@ class HeadCache:
         self.lanes = [Lane(role, policies[role]) for role in present]
         self.groups = self._allocate(dtype)
         self._looks = self._choose_looks()
+        self._looked = {layer for layers in self._looks.values() for layer in layers}
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything, for a new video. The memory stays."""
         self.now = 0
-        self._frames = self.geometry.chunk  # of the last pass
         self._drift = DriftGauge()
         self._seen: dict[int, Tensor] = {}  # layer -> keys of the last pass before RoPE [N, H, D], where looked at
         for lane in self.lanes:
-            lane.held, lane.slot = [], {}
+            lane.held, lane.slot, lane.written = [], {}, {}
             lane.likeness = KeyLikeness(self.geometry.grid) if lane.policy.looks else None
         self._plan()
 
@@ -112,26 +124,22 @@ class HeadCache:
         q, k, v [1, N, H, D] before RoPE -> [1, N, H, D]. Leaves k and v in the staging slots.
         """
         assert q.shape[0] == 1, "a cache holds one stream: batch must be 1"
-        tokens = self.geometry.tokens
-        self._frames = k.shape[1] // tokens
-        # Held frames may lie in slots behind the staging ones; a short pass would not reach them.
-        assert self._frames == self.geometry.chunk or not self.now, "only the first chunk may be short"
-        phase = self._own[: k.shape[1]]
-        query, key = turn(q[0], phase).transpose(0, 1), turn(k[0], phase)
-        if any(layer in layers for layers in self._looks.values()):
+        frames = k.shape[1] // self.geometry.tokens
+        if frames != self._frames:
+            # The past lies behind all staging slots; a short pass would leave stale ones in between.
+            assert not self.now, "only the first chunk may be short"
+            self._open(frames)
+        if layer in self._looked:
             self._seen[layer] = k[0]
-        split = "(f s) h d -> h f s d"
-        key, raw, value = (rearrange(x, split, s=tokens) for x in (key, k[0, ..., : self.rope.time_dims], v[0]))
-        out = torch.empty_like(query)
-        for group in self.groups:
-            self._write(group, layer, key, raw, value)
-            for first, last, begin, live in self._calls(group, layer):
-                keys, values = (
-                    x[begin : begin + last - first, : live + self._frames].flatten(1, 2)[None]
-                    for x in (group.keys[layer], group.values[layer])
-                )
-                out[first:last] = F.scaled_dot_product_attention(query[None, first:last], keys, values)[0]
-        return out.transpose(0, 1)[None]
+        phase = self._own[: k.shape[1]]
+        query, key = turn(q[0], phase).transpose(0, 1)[None], turn(k[0], phase)
+        outs = []
+        for call in self._calls[layer]:
+            heads = slice(call.first, call.last)
+            call.write_keys.copy_(key[:, heads])
+            call.write_values.copy_(v[0, :, heads])
+            outs.append(F.scaled_dot_product_attention(query[:, heads], call.keys, call.values).transpose(1, 2))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def advance(self, shot: int = 0, latents: Tensor | None = None, settled: bool = True) -> None:
         """Makes the chunk of the last pass part of the past, asks the policies, and plans the next chunk.
@@ -143,7 +151,8 @@ class HeadCache:
         drifts = self._drift.measure(latents) if latents is not None else [0.0] * self._frames
         drifts = drifts if settled else [0.0] * self._frames
         for lane in self.lanes:
-            lane.slot.update(zip(indices, lane.staging, strict=False))
+            lane.slot.update(zip(indices, range(self._frames), strict=True))
+            lane.written.update(zip(indices, range(self._frames), strict=True))
             new = [Frame(i, shot, drift=d) for i, d in zip(indices, drifts, strict=True)]
             if lane.likeness is None:
                 self._drop(lane, lane.policy.keep([*lane.held, *new]))
@@ -176,9 +185,9 @@ class HeadCache:
         """
         (group,) = self.groups
         (lane,) = group.lanes
-        live, tokens = lane.live + self._frames, self.geometry.tokens
+        live, tokens = self._frames + len(lane.held), self.geometry.tokens
         numbers = sorted(lane.slot) + [*range(self.now, self.now + self._frames)]
-        slots = [lane.slot[i] for i in sorted(lane.slot)] + lane.staging[: self._frames]
+        slots = [lane.slot[i] for i in sorted(lane.slot)] + [*range(self._frames)]
         query = turn(q[0], self._own[: q.shape[1]]).transpose(0, 1)[:, ::stride].float()
         keys = group.keys[layer][:, :live].flatten(1, 2).float().transpose(1, 2)
         total = torch.zeros(query.shape[0], live, device=query.device)
@@ -194,7 +203,7 @@ class HeadCache:
         stores = [x for group in self.groups for x in (*group.keys, *group.values, *group.times)]
         return CacheStats(
             nbytes=sum(x.nbytes for x in stores),
-            frames={lane.role.value: lane.live for lane in self.lanes},
+            frames={lane.role.value: len(lane.held) for lane in self.lanes},
             capacity={lane.role.value: lane.policy.capacity for lane in self.lanes},
             mean_frames=read / sum(counts.values()),
         )
@@ -205,46 +214,48 @@ class HeadCache:
         runs = [_runs(self.roles.roles[layer]) for layer in range(g.layers)]
         groups = []
         for lanes in _neighbours(self.lanes, runs):
-            size = lanes[0].policy.capacity + g.chunk
+            past = lanes[0].policy.capacity
             heads = [[runs[layer].get(lane.role, (0, 0)) for lane in lanes] for layer in range(g.layers)]
             counts = [sum(last - first for first, last in spans) for spans in heads]
             stores = [
-                [torch.zeros(n, size, g.tokens, width, dtype=dtype, device=self.device) for n in counts]
-                for width in (g.head_dim, g.head_dim, self.rope.time_dims)
+                [torch.zeros(n, slots, g.tokens, width, dtype=dtype, device=self.device) for n in counts]
+                for slots, width in (
+                    (g.chunk + past, g.head_dim),
+                    (g.chunk + past, g.head_dim),
+                    (past, self.rope.time_dims),
+                )
             ]
-            groups.append(Group(lanes, size, heads, *stores))
+            groups.append(Group(lanes, heads, *stores))
         return groups
 
-    def _write(self, group: Group, layer: int, key: Tensor, raw: Tensor, value: Tensor) -> None:
-        """Puts key, raw and value [H, F, S, .] of a pass into the staging slots of the group's heads."""
-        begin = 0
-        for lane, (first, last) in zip(group.lanes, group.heads[layer], strict=True):
-            if last == first:
-                continue
-            rows = slice(begin, begin + last - first)
-            assert lane.writes is not None, "no slots were planned"
-            where = lane.writes[: self._frames]
-            group.keys[layer][rows].index_copy_(1, where, key[first:last])
-            group.times[layer][rows].index_copy_(1, where, raw[first:last])
-            group.values[layer][rows].index_copy_(1, where, value[first:last])
-            begin = rows.stop
+    def _open(self, frames: int) -> None:
+        """Lays out the dense calls of every layer for passes of so many frames.
 
-    def _calls(self, group: Group, layer: int) -> list[tuple[int, int, int, int]]:
-        """The dense calls of a layer: first and last + 1 head, row of the store, frames of the past.
-
-        Lanes that hold equally many frames go together.
+        Neighbouring lanes of a group that hold equally many frames go together.
         """
-        calls: list[tuple[int, int, int, int]] = []
-        begin = 0
+        self._frames = frames
+        self._calls = [
+            sorted((call for group in self.groups for call in self._layer_calls(group, layer)), key=lambda c: c.first)
+            for layer in range(self.geometry.layers)
+        ]
+
+    def _layer_calls(self, group: Group, layer: int) -> Iterator[Call]:
+        spans: list[tuple[int, int, int]] = []  # first and last + 1 head, frames of the past
         for lane, (first, last) in zip(group.lanes, group.heads[layer], strict=True):
-            if last == first:
-                continue
-            if calls and calls[-1][1] == first and calls[-1][3] == lane.live:
-                calls[-1] = (calls[-1][0], last, calls[-1][2], lane.live)
-            else:
-                calls.append((first, last, begin, lane.live))
-            begin += last - first
-        return calls
+            if spans and spans[-1][1:] == (first, len(lane.held)):
+                spans[-1] = (spans[-1][0], last, len(lane.held))
+            elif last > first:
+                spans.append((first, last, len(lane.held)))
+        begin = 0
+        for first, last, past in spans:
+            rows = slice(begin, begin + last - first)
+            keys, values = (
+                x[rows, : self._frames + past].flatten(1, 2)[None] for x in (group.keys[layer], group.values[layer])
+            )
+            own = self._frames * self.geometry.tokens
+            write_keys, write_values = (x[0, :, :own].transpose(0, 1) for x in (keys, values))
+            yield Call(first, last, write_keys, write_values, keys, values)
+            begin = rows.stop
 
     def _choose_looks(self) -> dict[HeadRole, dict[int, slice]]:
         """For every role whose policy looks at pictures, the layers at which it does, and its heads there."""
@@ -264,64 +275,60 @@ class HeadCache:
         lane.held = list(kept)
         numbers = {f.index for f in kept}
         lane.slot = {index: slot for index, slot in lane.slot.items() if index in numbers}
+        lane.written = {index: time for index, time in lane.written.items() if index in numbers}
         if lane.likeness is not None:
             lane.likeness.keep(kept)
 
     def _plan(self) -> None:
-        """Chooses staging slots and re-encodes the kept frames in time, before the next chunk."""
-        chunk = self.geometry.chunk
-        clock = Clock(self.now, chunk, self.geometry.span)
+        """Brings the kept frames to their slots and re-encodes them in time, before the next chunk."""
+        clock = Clock(self.now, self.geometry.chunk, self.geometry.span)
         for group in self.groups:
-            turns = []
             for lane in group.lanes:
-                self._close_gaps(group, lane)
-                free = [s for s in range(group.size) if s not in set(lane.slot.values())]
-                if len(free) < chunk:
-                    raise ConfigError(f"policy of {lane.role} heads holds {lane.live} frames, more than its capacity")
-                lane.staging = free[:chunk]
-                lane.writes = torch.tensor(lane.staging, device=self.device)
+                if len(lane.held) > lane.policy.capacity:
+                    held = len(lane.held)
+                    raise ConfigError(f"policy of {lane.role} heads holds {held} frames, more than its capacity")
                 lane.placed = lane.policy.place(lane.held, clock)
-                turns.append(self._turns(lane, group.size))
-            self._re_encode(group, turns)
+                if lane.held:
+                    self._settle(group, lane)
+                    self._re_encode(group, lane)
+        self._open(self.geometry.chunk)
 
-    def _turns(self, lane: Lane, size: int) -> Tensor:
-        """Temporal phases by slot, complex64 [size, 1, time pairs]; slots without a frame keep phase 0."""
-        index = torch.zeros(size)
-        for frame, distance in zip(lane.placed.frames, lane.placed.distance, strict=True):
-            index[lane.slot[frame.index]] = -distance
-        return self.rope.time(index)[:, None]
+    def _settle(self, group: Group, lane: Lane) -> None:
+        """Moves frames until they fill the slots right behind the staging ones, without a hole.
 
-    def _re_encode(self, group: Group, turns: list[Tensor]) -> None:
-        """Turns the time part of every live key to its place, always from the unturned one: errors do not add up."""
-        width = self.rope.time_dims
-        for layer, spans in enumerate(group.heads):
-            begin = 0
-            for lane, phase, (first, last) in zip(group.lanes, turns, spans, strict=True):
-                rows = slice(begin, begin + last - first)
-                begin = rows.stop
-                if lane.live and last > first:
-                    live = slice(0, max(lane.slot.values()) + 1)
-                    group.keys[layer][rows, live, :, :width] = turn(group.times[layer][rows, live], phase[live])
-
-    def _close_gaps(self, group: Group, lane: Lane) -> None:
-        """Moves frames down so that held and staging slots fill 0 .. held + chunk - 1 without a hole.
-
-        Staging fills up to `chunk` holes by itself, so this only happens when a policy drops many frames at once.
+        New frames come from staging; older ones move only when a policy drops more frames than arrive.
         """
-        limit = lane.live + self.geometry.chunk
-        at = group.lanes.index(lane)
+        chunk = self.geometry.chunk
+        past = range(chunk, chunk + len(lane.held))
         used = set(lane.slot.values())
-        holes = iter(s for s in range(limit) if s not in used)
-        for index, slot in lane.slot.items():
-            if slot < limit:
+        holes = iter(slot for slot in past if slot not in used)
+        moves = {index: next(holes) for index, slot in lane.slot.items() if slot not in past}
+        sources, targets = [lane.slot[index] for index in moves], [*moves.values()]
+        lane.slot.update(moves)
+        for adopted in (False, True):
+            pairs = [pair for pair in zip(sources, targets, strict=True) if (pair[0] < chunk) == adopted]
+            if not pairs:
                 continue
-            target = next(holes)
-            for layer, spans in enumerate(group.heads):
-                begin = sum(last - first for first, last in spans[:at])
-                rows = slice(begin, begin + spans[at][1] - spans[at][0])
-                for store in (group.keys[layer], group.values[layer], group.times[layer]):
-                    store[rows, target] = store[rows, slot]
-            lane.slot[index] = target
+            source, target = (torch.tensor(slots, device=self.device) for slots in zip(*pairs, strict=True))
+            for layer, rows in enumerate(group.rows(lane)):
+                keys, values, times = (x[layer][rows] for x in (group.keys, group.values, group.times))
+                moving = keys.index_select(1, source)
+                width = self.rope.time_dims
+                old = moving[..., :width] if adopted else times.index_select(1, source - chunk)
+                times.index_copy_(1, target - chunk, old)
+                keys.index_copy_(1, target, moving)
+                values.index_copy_(1, target, values.index_select(1, source))
+
+    def _re_encode(self, group: Group, lane: Lane) -> None:
+        """Turns the time part of every held key to its place, always from the key as written: errors do not add up."""
+        chunk, held = self.geometry.chunk, len(lane.held)
+        turns = torch.zeros(held)
+        for frame, distance in zip(lane.placed.frames, lane.placed.distance, strict=True):
+            turns[lane.slot[frame.index] - chunk] = -distance - lane.written[frame.index]
+        phase = self.rope.time(turns)[:, None]
+        for layer, rows in enumerate(group.rows(lane)):
+            turned = turn(group.times[layer][rows, :held], phase)
+            group.keys[layer][rows, chunk : chunk + held, :, : self.rope.time_dims] = turned
 
 
 def _with_surprise(frame: Frame, before: Sequence[Frame], likeness: KeyLikeness) -> Frame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -61,6 +62,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
+class Gelu(nn.Module):
+    """GELU in the tanh form. (1 + tanh u) / 2 = sigmoid(2 u), and on a CPU a sigmoid takes a third of a tanh's time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        cubic = torch.addcmul(x, x * x, x, value=0.044715)
+        return cubic.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
+
+
 class Projections(nn.Module):
     """The q, k, v, o of an attention with norms on q and k (names as in the checkpoints)."""
 
@@ -104,7 +115,7 @@ class Block(nn.Module):
         self.dim, self.eps = c.dim, c.eps
         self.self_attn, self.cross_attn = SelfAttention(c), CrossAttention(c)
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), Gelu(), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
