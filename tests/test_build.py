@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hforce.build import (
     build_script,
     build_stream,
     check_cache,
+    set_threads,
 )
 from hforce.cache.policies import Anchor, Full, Local, Memory, Sink, Window
 from hforce.cache.roles import HeadRole, RoleMap
@@ -190,5 +192,18 @@ def test_threads_are_those_asked_for(config):
     try:
         build_backbone(load_config(overrides=[f"model.checkpoint={config.model.checkpoint}", "model.threads=1"]))
         assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_without_a_wish_one_core_is_left_to_the_encoder(others):
+    """Torch takes all cores; whoever told it to take fewer (OMP_NUM_THREADS) is heeded."""
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        torch.set_num_threads(max(1, cores - others))
+        set_threads(0)
+        assert torch.get_num_threads() == max(1, cores - 1)
     finally:
         torch.set_num_threads(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,23 @@ class Plan:
 
 
 def build_backbone(config: Config) -> Backbone:
-    """The model of a configuration. Sets the number of CPU threads if one is asked for."""
+    """The model of a configuration. Sets the number of CPU threads."""
     model = config.model
-    if model.threads:
-        torch.set_num_threads(model.threads)
+    set_threads(model.threads)
     return load_backbone(
         model.name, model.checkpoint, parse_size(model.size) if model.size else None, model.device, model.dtype
     )
+
+
+def set_threads(wanted: int) -> None:
+    """Lets torch use so many CPU threads; 0: as many as there are cores but one, if it would use them all.
+
+    The video encoder works beside the model and takes a core of its own; where it shares one, all threads wait for the
+    one that is held up (docs/results.md has the times).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted or torch.get_num_threads() >= cores:
+        torch.set_num_threads(wanted or max(1, cores - 1))
 
 
 def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | None = None) -> Stream:

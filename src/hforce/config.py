@@ -30,7 +30,7 @@ class ModelConfig:
     size: str = ""  # "832x480", width x height in pixels; empty: the model's own
     dtype: str = "auto"
     device: str = "auto"
-    threads: int = 0  # of the CPU; 0: torch's choice
+    threads: int = 0  # of the CPU; 0: all cores but one, which the video encoder needs
 
 
 @dataclass
