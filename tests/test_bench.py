@@ -119,7 +119,7 @@ def trial(seconds: Sequence[float], steady: int = 0, **changes: object) -> Trial
     samples = tuple(
         Sample(i, 12 if i else 9, denoise=s / 2, commit=s / 4, decode=s / 4, whole=s) for i, s in enumerate(seconds)
     )
-    made = Trial("a red circle", 0, samples, steady, 0.1, 21.0, 1000, 5000, None)
+    made = Trial("a red circle", 0, samples, (), steady, 0.1, 21.0, 1000, 5000, None)
     return replace(made, **changes)
 
 
@@ -317,11 +317,23 @@ def test_edges_of_a_short_video_are_the_video() -> None:
     assert np.array_equal(edges.video, film)
 
 
-def test_growth_compares_the_last_ten_chunks_with_chunks_10_to_19() -> None:
-    steps = [9.0] * 10 + [2.0] * 10 + [5.0] * 10 + [3.0] * 10
-    (row,) = make_rows({"full": [trial(steps)]}, warmup=2)
-    assert row.growth == 1.5
-    assert make_rows({"full": [trial(steps[:29])]}, warmup=2)[0].growth is None
+def test_growth_compares_the_last_ten_chunks_with_those_of_a_young_run_beside_them() -> None:
+    aged = trial([9.0] * 30 + [3.0] * 10)
+    young = replace(aged, young=trial([2.0] * 10).samples)
+    assert make_rows({"full": [young]}, warmup=2)[0].growth == 1.5
+    assert make_rows({"full": [aged]}, warmup=2)[0].growth is None
+
+
+def test_a_long_race_ends_beside_a_young_run_that_changes_nothing(config: Config) -> None:
+    backbone, sink = build_backbone(config), with_setup(config, "sink")
+    course = plan_course(config, backbone, Item(None, (Shot("red"),), seconds=24.0))  # 32 chunks
+    entrant = enter("sink", sink, backbone, course)
+    told: list[str] = []
+    trials, _ = race([entrant], lambda who: told.append(who.setup))
+    assert len(told) == course.plan.total == len(trials["sink"].samples) + 1
+    assert [s.number for s in trials["sink"].samples] == [*range(course.plan.total - 1)]
+    assert [s.number for s in trials["sink"].young] == [*range(10, 20)]
+    assert entrant.done == course.plan.frames
 
 
 def test_steady_chunks_are_those_with_full_windows() -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 import hforce
-from hforce.bench_report import BenchResult, Sample, Trial, choose_reference, make_rows
+from hforce.bench_report import EARLY, FEWEST, LATE, BenchResult, Sample, Trial, choose_reference, make_rows
 from hforce.bench_report import plot as plot
 from hforce.bench_report import table as table
 from hforce.bench_report import to_json as to_json
@@ -102,6 +102,7 @@ class Entrant:
     samples: list[Sample] = field(default_factory=list)
     opening: int | None = None  # bytes a stream keeps after its first chunk
     done: int = 0  # video frames
+    young: Entrant | None = None  # the same, begun again, to compare the end of the course with
 
     def __post_init__(self) -> None:
         self._player: Iterator[Decoded] = iter(())
@@ -123,6 +124,15 @@ class Entrant:
         self._look(frames)
         return chunk
 
+    def again(self) -> Entrant:
+        """The same setup with a cache of its own, from the start to chunk number EARLY, untimed."""
+        stream = replace(self.stream, cache=copy.deepcopy(self.stream.cache))
+        young = replace(self, stream=stream, edges=None, samples=[], done=0)
+        young._player = young._play()
+        for _ in range(EARLY):
+            young._next()
+        return young
+
     def finish(self, device: torch.device) -> Trial:
         """Makes the last chunk, untimed but weighed, and sums up."""
         weighed = weigh(lambda: self._look(self._next()[1]), device)
@@ -132,6 +142,7 @@ class Entrant:
             prompt=" | ".join(shot.prompt for shot in self.course.shots),
             seed=self.course.seed,
             samples=tuple(self.samples),
+            young=tuple(self.young.samples) if self.young else (),
             steady=geometry.span // geometry.chunk,
             first_frame=self.course.encoding + self.samples[0].whole,
             frames_read=stats.mean_frames,
@@ -260,16 +271,29 @@ def race(entrants: Sequence[Entrant], count: Callable[[Entrant], None]) -> tuple
     for entrant in entrants:
         entrant.open(device)
     rounds, settled = entrants[0].course.plan.total - 1, None
-    for entrant, chunk in take_turns(entrants, rounds):
+    late = LATE if rounds >= FEWEST else 0
+    for entrant, chunk in take_turns(entrants, rounds - late):
         if chunk.number == SETTLED and settled is None:
             settled = resident_bytes()
         count(entrant)
     final = resident_bytes()
+    if late:
+        close_race(entrants, late, count)
     trials = {}
     for entrant in entrants:
         trials[entrant.setup] = entrant.finish(device)
         count(entrant)
     return trials, final - settled if final is not None and settled is not None else None
+
+
+def close_race(entrants: Sequence[Entrant], rounds: int, count: Callable[[Entrant], None]) -> None:
+    """The last rounds, in turn with every entrant's `young` self, so that growth is no reading of the machine."""
+    for entrant in entrants:
+        entrant.young = entrant.again()
+    pairs = [runner for entrant in entrants for runner in (entrant, entrant.young) if runner]
+    for runner, _ in take_turns(pairs, rounds):
+        if runner.young:
+            count(runner)
 
 
 def take_turns(entrants: Sequence[Entrant], rounds: int) -> Iterator[tuple[Entrant, Chunk]]:

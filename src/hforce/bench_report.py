@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KIND = "hforce.bench/1"
 REFERENCE = "window"  # the setup that others are compared with, where it takes part
-EARLY, LATE = slice(10, 20), slice(-10, None)  # chunks whose medians make up `growth`
+EARLY, LATE = 10, 10  # `growth` is the last LATE chunks of a run over as many of a young one, from number EARLY on
 FEWEST = 30  # chunks of a run from which growth is told: the two stretches and as many between them
 FEWEST_STEADY = 10  # chunks with full windows from which their percentiles say something
 SHOWN_DRIFT = ("one_object", "motion_right", "ground_error")  # what plain caches lose first
@@ -53,7 +53,8 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "kv_bytes": "keys and values of the past and of the chunk, as allocated",
     "peak_bytes": "weights of transformer and codec + kv_bytes + what else a stream holds after its first chunk + the "
     "most bytes of new tensors alive at once in the last chunk; without text encoder; null where it cannot be told",
-    "growth": "median wall time of the last ten chunks / that of chunks 10 to 19; null below 30 timed chunks",
+    "growth": "median wall time of the last ten timed chunks / that of chunks 10 to 19 of a second run of the same "
+    "script that takes turns with them, so that a machine that slows down slows both; null below 30 timed chunks",
     "spread": "largest minus smallest denoise_fps over prompts / its median",
     "resident_growth_bytes": "resident memory of the process at the end minus that after chunk 20, all setups "
     "together, largest over prompts; `full` fills memory that was reserved before",
@@ -78,12 +79,14 @@ class Sample:
 class Trial:
     """One setup on one prompt. `steady` is the number of the chunk from which windows are full; first_frame in seconds.
 
-    drift is None where there is no judge, peak_bytes where it cannot be told.
+    young: chunks 10 to 19 of a second run, which took turns with the last ones; none in a short video. drift is None
+    where there is no judge, peak_bytes where it cannot be told.
     """
 
     prompt: str
     seed: int
     samples: tuple[Sample, ...]
+    young: tuple[Sample, ...]
     steady: int
     first_frame: float
     frames_read: float
@@ -139,7 +142,7 @@ def _row(name: str, trials: Sequence[Trial], warmup: int, speeds: Mapping[str, S
     runs = [_timed(trial, warmup) for trial in trials]
     own = speeds[name]
     steady = [_steady_ms(run, trial.steady) for run, trial in zip(runs, trials, strict=True)]
-    grown = [growth for trial in trials if (growth := _growth(trial.samples)) is not None]
+    grown = [growth for trial in trials if (growth := _growth(trial)) is not None]
     peaks = [trial.peak_bytes for trial in trials if trial.peak_bytes is not None]
     return Row(
         setup=name,
@@ -176,9 +179,11 @@ def _steady_ms(samples: Sequence[Sample], steady: int) -> list[float]:
     return times if len(times) >= FEWEST_STEADY else [1e3 * s.whole for s in samples]
 
 
-def _growth(samples: Sequence[Sample]) -> float | None:
-    early, late = (median(s.whole for s in samples[part]) if samples[part] else 0.0 for part in (EARLY, LATE))
-    return late / early if len(samples) >= FEWEST else None
+def _growth(trial: Trial) -> float | None:
+    if not trial.young:
+        return None
+    late, early = (median(s.whole for s in samples) for samples in (trial.samples[-LATE:], trial.young))
+    return late / early
 
 
 def _mean_drift(drifts: Sequence[Mapping[str, float]]) -> dict[str, float | None] | None:
@@ -264,6 +269,7 @@ def _raw(trial: Trial) -> dict[str, Any]:
         "drift": _mean_drift([trial.drift]) if trial.drift is not None else None,
         "frames": [s.frames for s in trial.samples],
         **columns,
+        "young_chunk_ms": [round(1e3 * s.whole, 4) for s in trial.young],
     }
 
 
