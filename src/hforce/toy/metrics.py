@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from hforce.toy.motion import PATHS, path_error
 from hforce.toy.reading import Reading, read_frames
-from hforce.toy.world import FPS, LOOP, MARGIN, PIXELS, SPEEDS, Scene, check_words
+from hforce.toy.words import check_words
+from hforce.toy.world import FPS, LOOP, MARGIN, PIXELS, SPEEDS, Scene
 
 __all__ = ["Reading", "Scores", "drift", "read_frames", "score"]
 
