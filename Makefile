@@ -8,7 +8,7 @@ MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_
 DEMO   := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-gpu lint fmt types check tiny demo bench wheel clean
+.PHONY: help install test test-gpu lint fmt types check tiny tiny-judge demo bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ check: lint types test ## all of these
 
 tiny: $(STAMP) ## train the tiny model again
 	@$(MALLOC) $(PYTHON) -m hforce.toy.train
+
+tiny-judge: $(STAMP) ## try the judge of the tiny world on true and corrupted videos
+	@$(PYTHON) -m hforce.toy.judge
 
 demo: $(STAMP) ## a one-minute video from the tiny model
 	@$(VENV)/bin/hforce generate --prompt-file prompts/demo.txt --duration 60s -o $(DEMO)

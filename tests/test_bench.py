@@ -38,6 +38,7 @@ from hforce.models.dit import WanConfig
 from hforce.models.taehv import TaehvConfig
 from hforce.models.tiny import TinyModel
 from hforce.prompts import Item, Shot
+from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import drift, read_frames
 from hforce.toy.world import FPS, SLOTS, Scene, render
 from hforce.weigh import tensor_bytes
@@ -277,11 +278,18 @@ def test_an_error_names_its_setup(config: Config) -> None:
         race([entrant], lambda _: None)
 
 
-def test_shots_are_played_but_drift_is_for_one_shot(config: Config) -> None:
+def test_every_shot_is_judged_by_its_own_words(config: Config) -> None:
     backbone, sink = build_backbone(config), with_setup(config, "sink")
-    course = plan_course(config, backbone, Item("two", (Shot("red"), Shot("blue")), seed=7, seconds=3.0))
-    trials, _ = race([enter("sink", sink, backbone, course)], lambda _: None)
-    assert (trials["sink"].prompt, trials["sink"].seed, trials["sink"].drift) == ("red | blue", 7, None)
+    course = plan_course(config, backbone, Item("two", (Shot("red", 1.5), Shot("blue")), seed=7, seconds=3.0))
+    entrant = enter("sink", sink, backbone, course)
+    trials, _ = race([entrant], lambda _: None)
+    assert (trials["sink"].prompt, trials["sink"].seed) == ("red | blue", 7)
+    assert trials["sink"].drift is not None
+    assert entrant.edges is not None
+    (begin, red), (switch, blue) = entrant.edges.schedule
+    assert (begin, red["color"], blue["color"]) == (0, "red", "blue")
+    frames = [sample.frames for sample in trials["sink"].samples]
+    assert switch == sum(frames[: course.plan.chunks[0]])
 
 
 def test_drift_is_judged_at_the_size_of_the_world_only(config: Config, result: BenchResult) -> None:
@@ -307,6 +315,27 @@ def test_edges_hold_all_that_drift_looks_at(motion: str) -> None:
     whole, kept = (drift(read_frames(video), scene) for video in (film, edges.video))
     assert kept == pytest.approx(whole, nan_ok=True)
     assert whole["ground_right"] < -0.7
+
+
+def test_edges_hold_the_beginning_of_a_scene_to_which_a_film_returns() -> None:
+    """The second scene is first seen where no edge is; the last seconds are compared with that, long before."""
+    scenes = [
+        Scene("slow", color, "circle", "middle", "circling", "first", "blue", "plain") for color in ("red", "cyan")
+    ]
+    first, second = scenes
+    film = Film((Cut(0, first), Cut(201, second), Cut(345, first), Cut(489, second)))
+    frames = 40 * FPS + 9
+    video = render_film(film, frames)
+    forgotten = replace(second, landmark="cross", tint=1.15)
+    video[489:] = render(forgotten, frames - 489, 288)
+    schedule = [(cut.frame, cut.scene.words) for cut in film.cuts]
+    edges = Edges(frames, schedule)
+    for begin in [0, *range(9, frames, 12)]:
+        edges.look(begin, video[begin : begin + (12 if begin else 9)])
+    assert len(edges.video) < 0.7 * frames
+    whole, kept = drift(read_frames(video), schedule), drift(read_frames(edges.video), edges.schedule)
+    assert kept == pytest.approx(whole, nan_ok=True)
+    assert (whole["landmark_kept"], whole["tint_kept"], whole["color_right"]) == (-1, -1, 0)
 
 
 def test_edges_of_a_short_video_are_the_video() -> None:

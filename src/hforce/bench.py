@@ -36,7 +36,8 @@ from hforce.resources import resource
 from hforce.rules import nearest
 from hforce.stream import Chunk, Stream, Take
 from hforce.toy.metrics import drift, read_frames
-from hforce.toy.world import FPS, PIXELS, parse
+from hforce.toy.words import Prompt, parse
+from hforce.toy.world import FPS, PIXELS
 from hforce.weigh import tensor_bytes, weigh
 
 JUDGED = "tiny"  # the model whose world is known well enough to judge its videos
@@ -72,15 +73,24 @@ class Course:
 
 
 class Edges:
-    """Keeps the beginning and the end of a video of `frames` frames in `video`, uint8 [T, H, W, 3]: all `drift` needs.
+    """Keeps the beginning and the end of a video, and the beginning of every scene in it: all that `drift` needs.
 
-    The memory is taken at once, so that keeping frames does not look like a process that grows.
+    frames: how many the video has; schedule: (first video frame, words) of each prompt. video, uint8 [T, H, W, 3]: what
+    is kept; the attribute schedule is the same as the argument, but counts the frames that are kept. The memory is
+    taken at once, so that keeping frames does not look like a process that grows.
     """
 
-    def __init__(self, frames: int) -> None:
-        head, tail = HEAD_SECONDS * FPS, (frames // FPS - TAIL_SECONDS) * FPS
-        self._wanted = [*range(head), *range(tail, frames)] if tail > head else list(range(frames))
+    def __init__(self, frames: int, schedule: Sequence[tuple[int, Mapping[str, str]]] = ((0, {}),)) -> None:
+        head, tail = HEAD_SECONDS * FPS, max(0, frames // FPS - TAIL_SECONDS) * FPS
+        wanted, shown = {*range(head), *range(tail, frames)}, list[Mapping[str, str]]()
+        for (begin, words), end in zip(schedule, [*(begin for begin, _ in schedule[1:]), frames], strict=True):
+            if words not in shown:
+                wanted.update(range(begin, min(begin + head, end)))
+                shown.append(words)
+        self._wanted = sorted(number for number in wanted if number < frames)
         self.video = np.full((len(self._wanted), PIXELS, PIXELS, 3), 1, np.uint8)
+        kept = {bisect_left(self._wanted, begin): words for begin, words in schedule}  # of a shot not kept, the next
+        self.schedule = [(place, words) for place, words in kept.items() if place < len(self._wanted)]
 
     def look(self, first: int, frames: NDArray[np.uint8]) -> None:
         """Takes what is wanted of frames [T, H, W, 3], the first of which is number `first`."""
@@ -168,8 +178,7 @@ class Entrant:
     def _judge(self) -> dict[str, float] | None:
         if self.edges is None:
             return None
-        words = parse(self.backbone.encode_text.reads(self.course.shots[0].prompt)).words
-        return drift(read_frames(self.edges.video), words)
+        return drift(read_frames(self.edges.video), self.edges.schedule)
 
 
 @dataclass
@@ -258,8 +267,18 @@ def enter(setup: str, config: Config, backbone: Backbone, course: Course) -> Ent
     """A setup at the start of a course, with a cache of its own."""
     stream = build_stream(config, backbone, course.plan.total, course.seed)
     clock = stream.clock = device_clock(device_of(backbone))
-    judged = backbone.name == JUDGED and backbone.size == (PIXELS, PIXELS) and len(course.shots) == 1
-    return Entrant(setup, stream, backbone, course, Edges(course.plan.frames) if judged else None, clock)
+    judged = backbone.name == JUDGED and backbone.size == (PIXELS, PIXELS)
+    edges = Edges(course.plan.frames, find_schedule(course, backbone)) if judged else None
+    return Entrant(setup, stream, backbone, course, edges, clock)
+
+
+def find_schedule(course: Course, backbone: Backbone) -> list[tuple[int, Prompt]]:
+    """The video frame with which every shot begins, and the words that the tiny model reads in its prompt."""
+    stride, chunk = backbone.codec.stride, backbone.geometry.chunk
+    latents = [chunk * sum(course.plan.chunks[:number]) for number in range(len(course.shots))]
+    begins = [stride * (latent - 1) + 1 if latent else 0 for latent in latents]  # the first latent is one video frame
+    words = [parse(backbone.encode_text.reads(shot.prompt)).words for shot in course.shots]
+    return list(zip(begins, words, strict=True))
 
 
 def race(entrants: Sequence[Entrant], count: Callable[[Entrant], None]) -> tuple[dict[str, Trial], int | None]:

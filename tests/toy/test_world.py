@@ -1,4 +1,4 @@
-"""The procedural world: sentences and scenes, and what its pictures show."""
+"""The procedural world: scenes, how they move, and what their pictures show."""
 
 import random
 
@@ -8,9 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hforce.errors import DataError
+from hforce.toy.words import held_out
 from hforce.toy.world import (
     CELL,
+    CORNERS,
     HUE_SHIFT,
+    LANDMARK_COLOR,
+    LANDMARKS,
     MARGIN,
     PIXELS,
     SIZES,
@@ -18,113 +22,19 @@ from hforce.toy.world import (
     SPEEDS,
     TINTS,
     Scene,
-    complete,
+    backdrop,
+    emblem,
     ground_picture,
     object_color,
-    parse,
     position,
     presence,
     render,
-    sentence,
-    vocabulary,
 )
 
-WORDS = st.fixed_dictionaries({slot: st.sampled_from(choices) for slot, choices in SLOTS.items()})
 SOME_WORDS = st.fixed_dictionaries({}, optional={slot: st.sampled_from(words) for slot, words in SLOTS.items()})
 SCENES = st.integers(0, 2**32).map(lambda seed: Scene.sample(random.Random(seed)))
 
 STILL_LIFE = Scene("slow", "red", "circle", "middle", "bouncing sideways", "second", "green", "plain")
-
-
-# --- words
-
-
-@given(WORDS)
-def test_sentence_and_parse_are_inverse(words):
-    parsed = parse(sentence(words))
-    assert parsed.words == words
-    assert parsed.unknown == ()
-
-
-@given(SOME_WORDS)
-def test_a_partial_sentence_says_just_what_it_is_given(words):
-    parsed = parse(sentence(words))
-    assert parsed.words == words
-    assert parsed.unknown == ()
-
-
-def test_the_sentence_reads_like_english():
-    words = dict(
-        zip(SLOTS, ("slow", "red", "circle", "upper", "bouncing sideways", "second", "green", "striped"), strict=True)
-    )
-    assert sentence(words) == (
-        "a slow red circle in the upper lane, bouncing sideways from the second quarter of its path, "
-        "on a dark green striped background"
-    )
-
-
-@given(st.text())
-def test_any_text_is_read_without_complaint(text):
-    parsed = parse(text)
-    assert all(word in SLOTS[slot] for slot, word in parsed.words.items())
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("A Red BALL rolls left!", {"color": "red", "shape": "circle", "motion": "passing left"}),
-        ("the ball's passing", {"shape": "circle", "motion": "passing right"}),
-        ("a box moving from left to right", {"shape": "square", "motion": "passing right"}),
-        ("a box from the left", {"shape": "square", "motion": "passing right"}),
-        ("a ball moves side to side", {"shape": "circle", "motion": "bouncing sideways"}),
-        ("left and right goes the ball", {"shape": "circle", "motion": "bouncing sideways"}),
-        ("up and down", {"motion": "bouncing up and down"}),
-        ("a ball that bounces", {"shape": "circle", "motion": "bouncing sideways"}),
-        ("a square orbiting quickly", {"speed": "fast", "shape": "square", "motion": "circling"}),
-        ("a circle circles slowly", {"speed": "slow", "shape": "circle", "motion": "circling"}),
-        ("pink wedge, grey checkerboard backdrop",
-         {"color": "magenta", "shape": "triangle", "ground": "gray", "pattern": "checkered"}),
-        ("green background, blue disk at the bottom",
-         {"color": "blue", "shape": "circle", "lane": "lower", "ground": "green"}),
-        ("background: brown; a cyan disk", {"color": "cyan", "shape": "circle", "ground": "brown"}),
-        ("a blue ball on blue", {"color": "blue", "shape": "circle", "ground": "blue"}),
-        ("a triangle, golden, over violet stripes, from the last quarter",
-         {"color": "yellow", "shape": "triangle", "start": "fourth", "ground": "purple", "pattern": "striped"}),
-    ],
-)  # fmt: skip
-def test_free_form_is_understood(text, words):
-    assert parse(text) == parse(sentence(words))
-
-
-@pytest.mark.parametrize(
-    ("text", "unknown"),
-    [
-        ("a furry cat on the beach", ("furry", "cat", "beach")),
-        ("a purple ball", ("purple",)),
-        ("a ball on a red background", ("red",)),
-        ("a red ball and a blue square", ("blue", "square")),
-        ("ein Bällchen, 猫", ("ein", "bällchen", "猫")),
-        ("", ()),
-    ],
-)
-def test_what_is_not_understood_is_told(text, unknown):
-    assert parse(text).unknown == unknown
-
-
-@given(SOME_WORDS, st.text(max_size=20))
-def test_complete_keeps_what_is_said_and_fills_the_rest(words, key):
-    full = complete(words, key)
-    assert list(full) == list(SLOTS)
-    assert full == complete(full, "another key") == complete(words, key)
-    assert words.items() <= full.items()
-
-
-def test_complete_depends_on_its_key():
-    assert len({tuple(complete({}, str(key)).values()) for key in range(50)}) > 40
-
-
-def test_vocabulary_names_every_word():
-    assert all(word in vocabulary() for words in SLOTS.values() for word in words)
 
 
 def test_a_scene_refuses_words_it_does_not_have():
@@ -135,11 +45,24 @@ def test_a_scene_refuses_words_it_does_not_have():
 
 @given(SOME_WORDS, st.integers(0, 2**32))
 def test_a_sampled_scene_shows_the_words_and_stays_in_range(words, seed):
-    scene = Scene.sample(random.Random(seed), words)
+    scene = Scene.sample(random.Random(seed), words, held_out=None)
     assert words.items() <= scene.words.items()
     assert SIZES[0] <= scene.size <= SIZES[1]
     assert TINTS[0] <= scene.tint <= TINTS[1]
     assert abs(scene.hue) <= HUE_SHIFT
+
+
+@given(st.integers(0, 2**32))
+def test_training_is_not_shown_what_is_held_out(seed):
+    assert not held_out(Scene.sample(random.Random(seed)).words)
+    assert held_out(Scene.sample(random.Random(seed), held_out=True).words)
+
+
+def test_words_that_are_held_out_cannot_be_drawn_for_training():
+    words = Scene.sample(random.Random(0), held_out=True).words
+    with pytest.raises(DataError, match="held out of training"):
+        Scene.sample(random.Random(0), words)
+    assert Scene.sample(random.Random(0), words, held_out=None).words == words
 
 
 def test_both_kinds_of_random_numbers_draw_scenes():
@@ -220,7 +143,7 @@ def test_the_largest_object_covers_as_much_as_its_shape_says():
     areas = {"circle": np.pi, "square": (2 * 0.88) ** 2, "triangle": 3 * np.sqrt(3) * 0.6**2}
     for shape, area in areas.items():
         scene = Scene("slow", "yellow", shape, "middle", "circling", "first", "blue", "plain", size=9.0)
-        blank = ground_picture("blue", "plain")
+        blank = backdrop(scene)
         change = np.abs(render(scene, 4).astype(float) - blank)[..., 0].sum((1, 2))
         full = object_color("yellow")[0] - blank[0, 0, 0]
         np.testing.assert_allclose(change / full, area * 81, rtol=0.02)
@@ -239,5 +162,43 @@ def test_patterns_repeat_every_two_cells_from_the_corner():
 
 def test_what_is_not_said_is_seen():
     plain = render(STILL_LIFE, 1)
-    for hidden in ({"mark": "white"}, {"hue": 9.0}, {"size": 7.0}, {"tint": 0.85}):
+    unsaid = (
+        {"mark": "white"},
+        {"hue": 9.0},
+        {"size": 7.0},
+        {"tint": 0.85},
+        {"landmark": "cross"},
+        {"corner": "lower left"},
+    )
+    for hidden in unsaid:
         assert (render(Scene(**STILL_LIFE.words, **hidden), 1) != plain).any()
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_a_landmark_is_pale_small_and_behind_the_object(corner):
+    x, y = (int(axis) for axis in CORNERS[corner])
+    scene = Scene(
+        **{**STILL_LIFE.words, "motion": "bouncing sideways", "lane": "middle"}, landmark="diamond", corner=corner
+    )
+    frame = render(scene, 1)[0]
+    assert (frame[y, x] == LANDMARK_COLOR).all()
+    changed = (frame != render(Scene(**scene.words, landmark="diamond", corner="upper left"), 1)[0]).any(-1)
+    assert changed.any() == (corner != "upper left")
+    lane = "upper" if y < PIXELS / 2 else "lower"
+    covering = Scene(
+        **{**scene.words, "motion": "passing right", "lane": lane}, size=10.0, corner=corner, landmark="cross"
+    )
+    t = int(np.argmin(np.abs(position(covering, np.arange(112))[0] - x)))
+    paint = render(covering, 1, first=t)[0, int(position(covering, t)[1]) - 6, x].astype(float)
+    np.testing.assert_allclose(paint, object_color("red"), atol=1)
+
+
+def test_landmarks_lie_inside_their_cell_and_are_unlike_each_other():
+    for corner, (x, y) in CORNERS.items():
+        covers = np.stack([emblem(landmark, corner) for landmark in LANDMARKS])
+        left, top = int(x) - CELL // 2, int(y) - CELL // 2
+        assert covers.sum() == covers[:, top : top + CELL, left : left + CELL].sum()
+        areas, common = covers.sum((1, 2)), np.einsum("ayx,byx->ab", covers, covers)
+        assert (areas > 20).all()
+        alike = common / np.sqrt(np.outer(np.diag(common), np.diag(common)))
+        assert alike[~np.eye(len(LANDMARKS), dtype=bool)].max() < 0.75

@@ -36,8 +36,8 @@ Video = NDArray[np.uint8]
 
 
 def fresh_scenes(count: int) -> list[Scene]:
-    """Scenes that no training clip was drawn from."""
-    return [Scene.sample(np.random.default_rng((PROMPT_SEED, i))) for i in range(count)]
+    """Scenes with combinations of words that training never shows."""
+    return [Scene.sample(np.random.default_rng((PROMPT_SEED, i)), held_out=True) for i in range(count)]
 
 
 def film(config: Config, backbone: Backbone, prompt: str, seed: int, seconds: float) -> Video:

@@ -1,26 +1,31 @@
 """Does the video still show what was asked, and does it drift.
 
-`read_frames` says what a video shows, `score` compares that with the words of its prompt and with its own first second,
-`drift` sums a long video up: how much worse its end is than its beginning.
+`read_frames` says what a video shows, `score` compares that with the words of its prompt, or of each prompt of a
+schedule, and with what every scene looked like when it was first seen; `drift` sums a long video up: how much worse its
+end is than its beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hforce.toy.landmarks import COVERED, NOTHING
 from hforce.toy.motion import PATHS, path_error
 from hforce.toy.reading import Reading, read_frames
-from hforce.toy.world import FPS, LOOP, MARGIN, PIXELS, SPEEDS, Scene, check_words
+from hforce.toy.schedule import Asked, Stretch, asked_words, each_stretch, first_seen, stretches
+from hforce.toy.world import CORNERS, FPS, LOOP, MARGIN, PIXELS, SPEEDS
 
 __all__ = ["Reading", "Scores", "drift", "read_frames", "score"]
 
 MOTION_TOLERANCE = 3.0  # pixels, rms: up to this the motion is the asked one
 HUE_TOLERANCE, SIZE_TOLERANCE = 8.0, 1.0  # degrees and pixels within which what is remembered counts as kept
+TINT_TOLERANCE = 0.06  # the same for the background's tones, over their brightness; a tint is 0.85 to 1.15
+JUMP = 1.5  # pixels by which an object may move further in a frame than its speed allows: it is read that exactly
 HIDDEN = LOOP - PIXELS + 2 * MARGIN  # pixels of its loop on which a passing object is not fully seen
 PATIENCE = 1.1  # a passing object may stay away a tenth longer than it should
 EDGE_SECONDS = 5  # `drift` compares the last so many seconds with the first
@@ -33,11 +38,13 @@ class Scores:
     """Measures a second, float [seconds]; nan where a second has nothing to judge, or the words do not say it.
 
     Fractions 0..1 of the frames, 1 is best: color_right, shape_right (of an object fully in the picture), ground_right,
-    pattern_right, motion_right (motion, speed and lane, in any phase), one_object (exactly one, wherever one should be
-    seen), and mark_kept, hue_kept, size_kept: as in the first second, for no prompt says them.
+    pattern_right, motion_right (motion, speed and lane, in any phase), one_object and one_landmark (exactly one,
+    wherever one should be seen), continuity (the object moved no further than its speed allows since the frame before),
+    and mark_kept, hue_kept, size_kept, tint_kept, landmark_kept (which one and where, and no other): as when the scene
+    was first seen, for no prompt says them.
     Distances, 0 is best: ghosts (area of what should not be there, in areas of the object), hue_error (degrees),
-    size_error (pixels) and ground_error (rms 0..1) from the first second, residual (rms 0..1) from a clean drawing.
-    sharpness: steepness of the object's edge over that of the first second; 1 is unchanged.
+    size_error (pixels) and ground_error (rms 0..1) from when the scene was first seen, residual (rms 0..1) from a clean
+    drawing. sharpness: steepness of the object's edge over that when the scene was first seen; 1 is unchanged.
     """
 
     color_right: Array
@@ -46,9 +53,13 @@ class Scores:
     pattern_right: Array
     motion_right: Array
     one_object: Array
+    one_landmark: Array
+    continuity: Array
     mark_kept: Array
     hue_kept: Array
     size_kept: Array
+    tint_kept: Array
+    landmark_kept: Array
     ghosts: Array
     hue_error: Array
     size_error: Array
@@ -57,42 +68,48 @@ class Scores:
     sharpness: Array
 
 
-def score(reading: Reading, words: Mapping[str, str] | Scene, fps: int = FPS) -> Scores:
-    """Judge a reading by the words of its prompt (all, or some of them), second by second at `fps` frames a second.
+def score(reading: Reading, asked: Asked, fps: int = FPS) -> Scores:
+    """Judge a reading by the words asked for, second by second at `fps` frames a second.
 
-    The first second is the first `fps` frames, for the object the first that show what is compared. Frames past the
-    last full second count to it. Raises DataError for words that the world does not have.
+    asked: the words of one prompt (all, or some of them), or a schedule of (first video frame, words). What no prompt
+    says is compared with the first second of the first stretch with the same words: the first `fps` frames of it that
+    show what is compared. Frames past the last full second count to it. Raises DataError for words that the world does
+    not have, and for a schedule that does not begin at frame 0 or is out of order.
     """
-    asked = words.words if isinstance(words, Scene) else dict(words)
-    check_words(asked)
+    plan = stretches(asked, len(reading.x))
     always, whole = np.ones(len(reading.x), bool), reading.whole
     right = {
-        "color_right": (_says(reading.color, asked.get("color")), whole),
-        "shape_right": (_says(reading.shape, asked.get("shape")), whole),
-        "ground_right": (_says(reading.ground, asked.get("ground")), always),
-        "pattern_right": (_says(reading.pattern, asked.get("pattern")), always),
-        "one_object": _one_object(reading, asked),
-        "mark_kept": (_says(reading.mark, _commonest(reading.mark[whole][:fps])), whole),
+        "color_right": (_says(reading.color, asked_words(plan, "color")), whole),
+        "shape_right": (_says(reading.shape, asked_words(plan, "shape")), whole),
+        "ground_right": (_says(reading.ground, asked_words(plan, "ground")), always),
+        "pattern_right": (_says(reading.pattern, asked_words(plan, "pattern")), always),
+        "motion_right": (each_stretch(plan, lambda part: _motion_right(reading, part, fps)), always),
+        "one_object": (each_stretch(plan, lambda part: _one_object(reading, part)), always),
+        "one_landmark": (_one_landmark(reading), always),
+        "continuity": (_continuity(reading, plan), always),
+        "mark_kept": (_says(reading.mark, first_seen(plan, reading.mark, whole, fps, _commonest)), whole),
+        "landmark_kept": (_landmark_kept(reading, plan, fps), always),
         "ghosts": (reading.ghosts, always),
         "residual": (reading.residual, always),
-        "ground_error": (_ground_error(reading, fps), always),
-        "sharpness": (reading.sharpness / _middle(reading.sharpness, fps), always),
+        "sharpness": (reading.sharpness / _first_middle(plan, reading.sharpness, fps), always),
     }
-    hue_error = np.abs(_turned(reading.hue - _middle_hue(reading.hue[whole], fps)))
-    size_error = np.abs(reading.size - _middle(reading.size, fps))
-    right |= {"hue_error": (hue_error, whole), "size_error": (size_error, whole)}
-    right |= {"hue_kept": (_within(hue_error, HUE_TOLERANCE), whole)}
-    right |= {"size_kept": (_within(size_error, SIZE_TOLERANCE), whole)}
-    means = {name: _each_second(value, counted, fps) for name, (value, counted) in right.items()}
-    return Scores(motion_right=_motion_right(reading, asked, fps), **means)
+    hue = np.where(whole, reading.hue, np.nan)
+    hue_error = np.abs(_turned(hue - first_seen(plan, hue, np.isfinite(hue), fps, _middle_hue)))
+    size_error = np.abs(reading.size - _first_middle(plan, reading.size, fps))
+    ground_error, ground_level = _ground_error(reading, plan, fps)
+    right |= {"hue_error": (hue_error, whole), "hue_kept": (_within(hue_error, HUE_TOLERANCE), whole)}
+    right |= {"size_error": (size_error, whole), "size_kept": (_within(size_error, SIZE_TOLERANCE), whole)}
+    right |= {"ground_error": (ground_error, always)}
+    right |= {"tint_kept": (_within(ground_error / ground_level, TINT_TOLERANCE), always)}
+    return Scores(**{name: _each_second(value, counted, fps) for name, (value, counted) in right.items()})
 
 
-def drift(reading: Reading, words: Mapping[str, str] | Scene, fps: int = FPS) -> dict[str, float]:
+def drift(reading: Reading, asked: Asked, fps: int = FPS) -> dict[str, float]:
     """How a video changes: the mean of its last five seconds minus that of its first five, for every measure.
 
     nan where either end has nothing to judge. A video of less than ten seconds is cut in halves.
     """
-    scores = score(reading, words, fps)
+    scores = score(reading, asked, fps)
     changes = {}
     for field in fields(Scores):
         values = getattr(scores, field.name)
@@ -101,44 +118,93 @@ def drift(reading: Reading, words: Mapping[str, str] | Scene, fps: int = FPS) ->
     return changes
 
 
-def _says(read: Array, asked: str | None) -> Array:
-    """1 where the word read [T] is the one asked for, 0 elsewhere; nan everywhere if none was asked for."""
-    return np.where(read == asked, 1.0, 0.0) if asked else np.full(len(read), np.nan)
+def _says(read: Array, asked: Array) -> Array:
+    """1 where the word read [T] is the one asked for [T], 0 elsewhere; nan where none is asked for."""
+    return np.where(asked == "", np.nan, (read == asked).astype(np.float64))
 
 
 def _within(error: Array, tolerance: float) -> Array:
     return np.where(np.isfinite(error), error <= tolerance, np.nan)
 
 
-def _one_object(reading: Reading, asked: Mapping[str, str]) -> tuple[Array, Array]:
-    """Whether exactly one object is seen [T], and which frames count [T].
+def _one_object(reading: Reading, part: Stretch) -> Array:
+    """Whether exactly one object is seen, 0 or 1 for the frames of a stretch; nan where none needs to be.
 
     A passing object may be out of sight as long as its way round takes, each time; that the way is the asked one is
     motion_right's matter.
     """
-    alone = reading.whole & (reading.objects == 1)
+    whole, objects = reading.whole[part.frames], reading.objects[part.frames]
+    alone = whole & (objects == 1)
     allowed = 0.0
-    if asked.get("motion", "passing").startswith("passing"):
-        allowed = PATIENCE * HIDDEN / SPEEDS[asked.get("speed", "slow")]
+    if part.words.get("motion", "passing").startswith("passing"):
+        allowed = PATIENCE * HIDDEN / SPEEDS[part.words.get("speed", "slow")]
     t = np.arange(len(alone))
-    away = t - np.maximum.accumulate(np.where(reading.whole, t, -1))  # frames since it was last fully seen
-    excused = ~reading.whole & (away <= allowed) & (reading.objects <= 1)
-    return alone.astype(np.float64), ~excused
+    away = t - np.maximum.accumulate(np.where(whole, t, -1))  # frames since it was last fully seen
+    excused = ~whole & (away <= allowed) & (objects <= 1)
+    return np.where(excused, np.nan, alone)
 
 
-def _motion_right(reading: Reading, asked: Mapping[str, str], fps: int) -> Array:
-    """1 for each second whose movement fits the asked motion, speed and lane, else 0; nan if none of them was asked."""
-    said = [asked.get(slot) for slot in ("motion", "speed", "lane")]
+def _motion_right(reading: Reading, part: Stretch, fps: int) -> Array:
+    """1 for the frames of a stretch in whose second the movement fits the asked motion, speed and lane, else 0.
+
+    nan if none of them is asked for. Seconds are counted from the beginning of the stretch.
+    """
+    x, y = reading.x[part.frames], reading.y[part.frames]
+    said = [part.words.get(slot) for slot in ("motion", "speed", "lane")]
     fitting = [path for path in PATHS if all(want in (None, have) for want, have in zip(said, path, strict=True))]
-    error = np.min([path_error(reading.x, reading.y, path, fps) for path in fitting], axis=0)
-    return np.where(any(said), error <= MOTION_TOLERANCE, np.nan)
+    error = np.min([path_error(x, y, path, fps) for path in fitting], axis=0)
+    fits = np.where(any(said), error <= MOTION_TOLERANCE, np.nan)
+    return fits[_seconds(len(x), fps)]
 
 
-def _ground_error(reading: Reading, fps: int) -> Array:
-    """Distance [T] of the background's tones from those of the first second: rms over tones and channels, 0..1."""
-    before = np.median(reading.cells[:fps], axis=0)
-    error: Array = np.sqrt(np.square(reading.cells - before).mean((1, 2))) / 255
-    return error
+def _continuity(reading: Reading, plan: Sequence[Stretch]) -> Array:
+    """1 for each frame [T] in which the object is no further from where it was than its speed allows, else 0.
+
+    nan unless it is in plain view in this frame and the one before, and at a cut.
+    """
+    plain = reading.whole & np.isfinite(reading.size)
+    fastest = max(SPEEDS.values())
+    speed = np.array([SPEEDS.get(word, fastest) for word in asked_words(plan, "speed").tolist()])
+    step = np.hypot(np.diff(reading.x, prepend=np.nan), np.diff(reading.y, prepend=np.nan))
+    judged = plain & np.concatenate([[False], plain[:-1]])
+    judged[[part.begin for part in plan]] = False
+    return np.where(judged, step <= speed + JUMP, np.nan)
+
+
+def _one_landmark(reading: Reading) -> Array:
+    """Whether just one landmark is seen, 0 or 1 a frame [T]; nan where none is, but may be behind something."""
+    hidden = (reading.landmark == "") & np.isin(reading.corners, (NOTHING, COVERED)).all(1)
+    excused = hidden & (reading.corners == COVERED).any(1)
+    return np.where(excused, np.nan, reading.landmark != "")
+
+
+def _landmark_kept(reading: Reading, plan: Sequence[Stretch], fps: int) -> Array:
+    """Whether the landmark is still the one, and where, that it was when the scene was first seen, and the only one.
+
+    0 or 1 a frame [T]; nan where its place is covered and no other place shows anything, and where it was never seen.
+    """
+    known = reading.landmark != ""
+    landmark, corner = (first_seen(plan, words, known, fps, _commonest) for words in (reading.landmark, reading.corner))
+    should = np.where(np.array(list(CORNERS)) == corner[:, None], landmark[:, None], NOTHING)
+    right = (reading.corners == should) | (reading.corners == COVERED)
+    unseen = right.all(1) & ((should != NOTHING) & (reading.corners == COVERED)).any(1)
+    return np.where((landmark == "") | unseen, np.nan, right.all(1))
+
+
+def _ground_error(reading: Reading, plan: Sequence[Stretch], fps: int) -> tuple[Array, Array]:
+    """How far [T] the background's tones are from those when the scene was first seen, and how bright [T] those were.
+
+    Both are rms over tones and channels, 0..1.
+    """
+    always = np.ones(len(reading.x), bool)
+    before = first_seen(plan, reading.cells, always, fps, lambda cells: np.median(cells, axis=0))
+    error, level = (np.sqrt(np.square(tones).mean((1, 2))) / 255 for tones in (reading.cells - before, before))
+    return error, level.clip(1 / 255)
+
+
+def _first_middle(plan: Sequence[Stretch], values: Array, fps: int) -> Array:
+    """The median of values [T] when each scene was first seen, for every frame [T]."""
+    return first_seen(plan, values, np.isfinite(values), fps, np.median)
 
 
 def _turned(degrees: Array) -> Array:
@@ -147,22 +213,15 @@ def _turned(degrees: Array) -> Array:
     return turned
 
 
-def _middle_hue(hue: Array, fps: int) -> float:
-    """The median of the first second's hues in degrees, which may lie on both sides of 0; nan if there is none."""
-    known = hue[np.isfinite(hue)][:fps]
-    return float(known[0] + np.median(_turned(known - known[0]))) if len(known) else np.nan
+def _middle_hue(hue: Array) -> float:
+    """The median of hues in degrees, which may lie on both sides of 0."""
+    return float(hue[0] + np.median(_turned(hue - hue[0])))
 
 
-def _middle(values: Array, fps: int) -> float:
-    """The median of the first second in which they are known; nan if they never are."""
-    known = values[np.isfinite(values)][:fps]
-    return float(np.median(known)) if len(known) else np.nan
-
-
-def _commonest(words: Array) -> str | None:
-    """The word that is there most often; None if there is none."""
+def _commonest(words: Array) -> str:
+    """The word that is there most often."""
     known, counts = np.unique(words, return_counts=True)
-    return str(known[counts.argmax()]) if len(known) else None
+    return str(known[counts.argmax()])
 
 
 def _mean(values: Array) -> float:
@@ -171,10 +230,15 @@ def _mean(values: Array) -> float:
     return float(known.mean()) if len(known) else np.nan
 
 
+def _seconds(frames: int, fps: int) -> Array:
+    """The second that every frame [T] belongs to; those past the last full one belong to it."""
+    return np.minimum(np.arange(frames) // fps, max(1, frames // fps) - 1)
+
+
 def _each_second(value: Array, counted: Array, fps: int) -> Array:
     """Mean of value [T] over the counted frames [T] of each second, [seconds]; nan where none counts."""
-    seconds = max(1, len(value) // fps)
-    second = np.minimum(np.arange(len(value)) // fps, seconds - 1)
+    second = _seconds(len(value), fps)
+    seconds = int(second[-1]) + 1
     good = counted & np.isfinite(value)
     amount = np.bincount(second, good, seconds)
     total = np.bincount(second, np.where(good, value, 0), seconds)

@@ -1,41 +1,39 @@
 """Scene <-> prompt, render(scene) -> video.
 
-A picture of 64 x 64 pixels shows one object on a dark background, at 16 frames a second. Eight words say what is seen
-(`SLOTS`), so a prompt can be judged; four things are *not* said (mark, hue, size, tint): they can only be remembered.
-Pixel i covers [i, i + 1); x grows to the right and y downwards; t counts video frames from 0. Everything is a pure
-function of the scene, so the same scene is the same film, bit for bit.
+A picture of 64 x 64 pixels shows one object on a dark background with a pale landmark in one corner, at 16 frames a
+second. Eight words say what is seen (`SLOTS`), so a prompt can be judged; six things are *not* said (mark, hue, size,
+tint, landmark, corner): they can only be remembered. Pixel i covers [i, i + 1); x grows to the right and y downwards; t
+counts video frames from 0. Everything is a pure function of the scene: the same scene is the same film, bit for bit.
 """
 
 from __future__ import annotations
 
 import colorsys
-import hashlib
 import math
-import re
-import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hforce.errors import DataError
+from hforce.toy.words import SLOTS as SLOTS
+from hforce.toy.words import Prompt as Prompt
+from hforce.toy.words import check_words, looks
+from hforce.toy.words import complete as complete
+from hforce.toy.words import parse as parse
+from hforce.toy.words import sentence as sentence
+from hforce.toy.words import vocabulary as vocabulary
 
 PIXELS = 64  # width and height
 FPS = 16
 
-SLOTS: dict[str, tuple[str, ...]] = {
-    "speed": ("slow", "fast"),
-    "color": ("red", "yellow", "green", "cyan", "blue", "magenta"),
-    "shape": ("circle", "square", "triangle"),
-    "lane": ("upper", "middle", "lower"),
-    "motion": ("bouncing sideways", "bouncing up and down", "passing right", "passing left", "circling"),
-    "start": ("first", "second", "third", "fourth"),
-    "ground": ("green", "blue", "purple", "brown", "gray"),
-    "pattern": ("plain", "striped", "checkered"),
-}
 MARKS = ("none", "white", "black")
+LANDMARKS = ("ring", "cross", "diamond")
+CORNERS = {  # x and y of a landmark's centre: the centre of a square of 8 x 8 pixels, so of one latent pixel
+    "upper left": (12.0, 12.0), "upper right": (52.0, 12.0), "lower left": (12.0, 52.0), "lower right": (52.0, 52.0)
+}  # fmt: skip
+UNSAID = {"mark": MARKS, "landmark": LANDMARKS, "corner": tuple(CORNERS)}
 
 HUES = {"red": 0.0, "yellow": 60.0, "green": 120.0, "cyan": 180.0, "blue": 240.0, "magenta": 300.0}  # degrees
 SATURATION, VALUE = 0.85, 0.95  # of every object
@@ -43,6 +41,7 @@ GROUNDS = {  # RGB 0..255
     "green": (30, 92, 50), "blue": (30, 48, 112), "purple": (84, 40, 108), "brown": (104, 68, 32), "gray": (84, 84, 84)
 }  # fmt: skip
 MARK_COLORS = {"white": (246, 246, 246), "black": (10, 10, 10)}
+LANDMARK_COLOR = (206, 203, 194)  # pale and almost gray, so it is unlike every object
 HUE_SHIFT, SIZES, TINTS = 9.0, (7.0, 10.0), (0.85, 1.15)  # the ranges of what is not said: degrees, pixels, factor
 
 CELL = 8  # pixels a stripe is wide and a check is wide and high: both repeat every 16 pixels, always from the corner
@@ -50,6 +49,8 @@ SHADE = 0.62  # the second tone of a pattern
 MARK_RADIUS = 0.4  # of the object's size, which is the radius of a circle
 SQUARE_HALF = 0.88  # half the side of a square, in sizes: about as large as the circle
 TRIANGLE_INNER = 0.6  # inner radius of the triangle, in sizes; the outer one is twice that
+EMBLEM = 4.0  # pixels: half the width of a landmark
+EMBLEM_STROKE = 1.0  # half the width of the ring's line and of the cross's bars
 
 SPEEDS = {"slow": 1.0, "fast": 2.0}  # pixels a frame along the path
 LANES = {"upper": 18.0, "middle": 32.0, "lower": 46.0}  # y of the path; its x when bouncing up and down
@@ -60,8 +61,8 @@ LOOP, LEAD = 112.0, 24.0  # a passing object is on a loop of 112 pixels that beg
 QUARTERS = {word: quarter for quarter, word in enumerate(SLOTS["start"])}
 WINDOW = 28  # side of the square in which an object is drawn: the largest and its soft edge fit
 
-Prompt = dict[str, str]  # slot -> one of its words; may be partial
 Floats = NDArray[np.floating[Any]]
+Choice = TypeVar("Choice")
 
 
 class Random(Protocol):
@@ -74,10 +75,11 @@ class Random(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One film: eight words that the prompt says, then four things that it does not say.
+    """What is seen between two cuts: eight words that the prompt says, then six things that it does not say.
 
     mark is a dot at the centre (none, white, black), hue an offset in degrees, size in pixels, tint a factor on the
-    background. Raises DataError for a word that the world does not have.
+    background; landmark is an emblem behind the object, in a corner of the picture. Raises DataError for a word that
+    the world does not have.
     """
 
     speed: str
@@ -92,9 +94,12 @@ class Scene:
     hue: float = 0.0
     size: float = 8.5
     tint: float = 1.0
+    landmark: str = "ring"
+    corner: str = "upper left"
 
     def __post_init__(self) -> None:
-        check_words({**self.words, "mark": self.mark})
+        unsaid = {slot: getattr(self, slot) for slot in UNSAID}
+        check_words({**self.words, **unsaid}, {**SLOTS, **UNSAID})
 
     @property
     def words(self) -> Prompt:
@@ -102,171 +107,28 @@ class Scene:
         return {slot: getattr(self, slot) for slot in SLOTS}
 
     @classmethod
-    def sample(cls, rng: Random, words: Mapping[str, str] | None = None) -> Scene:
-        """A scene drawn evenly from all, or from those that show `words`. Uses `rng.random()` alone."""
-        drawn = {slot: choices[int(rng.random() * len(choices))] for slot, choices in SLOTS.items()}
-        hidden = {
-            "mark": MARKS[int(rng.random() * len(MARKS))],
-            "hue": (2 * rng.random() - 1) * HUE_SHIFT,
-            "size": SIZES[0] + rng.random() * (SIZES[1] - SIZES[0]),
-            "tint": TINTS[0] + rng.random() * (TINTS[1] - TINTS[0]),
-        }
-        return cls(**{**drawn, **(words or {}), **hidden})  # type: ignore[arg-type]
+    def sample(cls, rng: Random, words: Mapping[str, str] | None = None, held_out: bool | None = False) -> Scene:
+        """A scene drawn evenly from all that show `words`. Uses `rng.random()` alone.
+
+        held_out=False draws what training may show, held_out=True what it never does, None both. Raises DataError where
+        no such scene shows `words`.
+        """
+        given = dict(words or {})
+        check_words(given)
+        drawn = {slot: _choose(rng, choices) for slot, choices in SLOTS.items()}
+        drawn |= given | _choose(rng, looks(given, held_out))
+        unsaid = {slot: _choose(rng, choices) for slot, choices in UNSAID.items()}
+        return cls(
+            **drawn,
+            **unsaid,
+            hue=(2 * rng.random() - 1) * HUE_SHIFT,
+            size=SIZES[0] + rng.random() * (SIZES[1] - SIZES[0]),
+            tint=TINTS[0] + rng.random() * (TINTS[1] - TINTS[0]),
+        )
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
-
-PHRASES = {"side to side": "sideways", "back and forth": "sideways", "to and fro": "sideways", "'s": ""}
-PLAIN_WORDS: dict[str, tuple[str, str]] = {  # token -> slot and word, where no context is needed
-    **{word: (slot, word) for slot in ("speed", "shape", "lane", "start", "pattern") for word in SLOTS[slot]},
-    **dict.fromkeys(("slowly", "gently", "leisurely"), ("speed", "slow")),
-    **dict.fromkeys(("quick", "quickly", "rapid", "rapidly", "swift", "swiftly"), ("speed", "fast")),
-    **dict.fromkeys(("ball", "disc", "disk", "dot", "circular", "round"), ("shape", "circle")),
-    **dict.fromkeys(("box", "block", "cube"), ("shape", "square")),
-    **dict.fromkeys(("triangular", "pyramid", "wedge"), ("shape", "triangle")),
-    **dict.fromkeys(("top", "high"), ("lane", "upper")),
-    **dict.fromkeys(("mid", "center", "centre", "central"), ("lane", "middle")),
-    **dict.fromkeys(("bottom", "low"), ("lane", "lower")),
-    "1st": ("start", "first"), "2nd": ("start", "second"), "3rd": ("start", "third"),
-    **dict.fromkeys(("4th", "last"), ("start", "fourth")),
-    **dict.fromkeys(("solid", "flat", "uniform"), ("pattern", "plain")),
-    **dict.fromkeys(("stripes", "stripy"), ("pattern", "striped")),
-    **dict.fromkeys(("checked", "checks", "chequered", "checkerboard", "chessboard"), ("pattern", "checkered")),
-}  # fmt: skip
-OBJECT_COLORS = {
-    **{word: word for word in SLOTS["color"]},
-    **dict.fromkeys(("crimson", "scarlet"), "red"), **dict.fromkeys(("gold", "golden"), "yellow"), "lime": "green",
-    **dict.fromkeys(("turquoise", "aqua"), "cyan"), **dict.fromkeys(("pink", "fuchsia"), "magenta"),
-}  # fmt: skip
-GROUND_COLORS = {**{word: word for word in SLOTS["ground"]}, "violet": "purple", "grey": "gray"}
-GROUND_NOUNS = frozenset({"background", "backdrop", "ground", "floor", "wall"})
-GROUND_MARKS = GROUND_NOUNS | {"on", "against", "over"}
-VERBS = {
-    **dict.fromkeys(("bouncing", "bounces", "bounce"), "bouncing"),
-    **dict.fromkeys(("passing", "passes", "pass", "crossing", "crosses", "rolling", "rolls"), "passing"),
-    **dict.fromkeys(("circling", "circles", "orbiting", "orbits", "revolving", "revolves"), "circling"),
-}
-DIRECTIONS = {
-    **dict.fromkeys(("sideways", "horizontally", "horizontal"), "sideways"),
-    **dict.fromkeys(("up", "down", "vertically", "vertical", "upwards", "downwards"), "vertical"),
-    **dict.fromkeys(("left", "leftwards"), "left"), **dict.fromkeys(("right", "rightwards"), "right"),
-}  # fmt: skip
-CARRIERS = (  # words that carry the sentence and say nothing here
-    "a an the in of its it is and to from at by near with while that moving moves move going goes through across along "
-    "around path quarter lane row edge side starting starts dark bright colored coloured pattern object thing"
-)
-IGNORED = GROUND_MARKS | frozenset(CARRIERS.split())
-BREAKS = frozenset(",.;!?")
-
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """What a text says in the words of this world, and what in it was not understood or contradicts an earlier word."""
-
-    words: Prompt
-    unknown: tuple[str, ...]
-
-
-def sentence(words: Mapping[str, str]) -> str:
-    """The words in the form that the tiny model is trained on. A missing slot is left out; `parse` is the inverse."""
-    thing = [words[slot] for slot in ("speed", "color") if slot in words] + [words.get("shape", "object")]
-    lane = f" in the {words['lane']} lane" if "lane" in words else ""
-    motion = f", {words['motion']}" if "motion" in words else ""
-    start = f"{'' if motion else ','} from the {words['start']} quarter of its path" if "start" in words else ""
-    ground = [f"dark {words['ground']}"] if "ground" in words else []
-    ground += [words["pattern"]] if "pattern" in words else []
-    return f"a {' '.join(thing)}{lane}{motion}{start}" + (f", on a {' '.join(ground)} background" if ground else "")
-
-
-def parse(text: str) -> Parsed:
-    """Read a description in free form: any order, missing pieces, common synonyms, any case and punctuation.
-
-    A colour belongs to the noun that follows it in its clause, so "a green ball on green" has both. Words that carry
-    nothing here (articles, "moving", "lane") are passed over; the rest comes back in `unknown`, in order, once each.
-    """
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    for phrase, single in PHRASES.items():
-        plain = plain.replace(phrase, single)
-    tokens = re.findall(r"[^\W_]+|[,.;!?]", plain)
-    words: Prompt = {}
-    unknown: dict[str, None] = {}
-    motion = _motion(tokens)
-    if motion:
-        words["motion"] = motion
-    for place, token in enumerate(tokens):
-        if token in BREAKS or token in IGNORED or token in VERBS or token in DIRECTIONS:
-            continue
-        slot, word = PLAIN_WORDS.get(token) or _color(tokens, place)
-        if not word or words.setdefault(slot, word) != word:
-            unknown[token] = None
-    return Parsed({slot: words[slot] for slot in SLOTS if slot in words}, tuple(unknown))
-
-
-def check_words(words: Mapping[str, str]) -> None:
-    """Raises DataError for a slot, or a word of it, that this world does not have; it names those it has."""
-    for slot, word in words.items():
-        known = {**SLOTS, "mark": MARKS}.get(slot, ())
-        if word not in known:
-            raise DataError(f"the tiny world has no {slot} {word!r}", mend=f"one of: {', '.join(known or SLOTS)}")
-
-
-def complete(words: Mapping[str, str], key: str) -> Prompt:
-    """All eight words: those given, and for each missing slot one picked by a hash of `key` (the prompt, a seed)."""
-    return {slot: words.get(slot) or choices[_hash(f"{slot}\n{key}") % len(choices)] for slot, choices in SLOTS.items()}
-
-
-def vocabulary() -> str:
-    """The words of each slot, one slot a line: for help and error messages."""
-    return "\n".join(f"{slot}: {', '.join(choices)}" for slot, choices in SLOTS.items())
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _color(tokens: list[str], place: int) -> tuple[str, str]:
-    """Slot and word of the colour at `place`; ("", "") when it is no colour that its slot has."""
-    token = tokens[place]
-    if token not in OBJECT_COLORS and token not in GROUND_COLORS:
-        return "", ""
-    if _is_ground(tokens, place):
-        return "ground", GROUND_COLORS.get(token, "")
-    return "color", OBJECT_COLORS.get(token, "")
-
-
-def _is_ground(tokens: list[str], place: int) -> bool:
-    """Whether the colour at `place` is the background's: by the next noun of its clause, else by the one before it."""
-    breaks = [i for i, token in enumerate(tokens) if token in BREAKS]
-    begin = max((i for i in breaks if i < place), default=-1) + 1
-    end = min((i for i in breaks if i > place), default=len(tokens))
-    nouns_after = (token for token in tokens[place + 1 : end] if token in GROUND_NOUNS or _is_shape(token))
-    marks_before = (token for token in reversed(tokens[begin:place]) if token in GROUND_MARKS or _is_shape(token))
-    noun = next(nouns_after, None) or next(marks_before, None)
-    return noun in GROUND_MARKS if noun else tokens[place] not in OBJECT_COLORS
-
-
-def _is_shape(token: str) -> bool:
-    return token == "object" or PLAIN_WORDS.get(token, ("", ""))[0] == "shape"
-
-
-def _motion(tokens: list[str]) -> str:
-    """The motion that verbs and directions say together, or ""."""
-    verb = next((VERBS[token] for token in tokens if token in VERBS), "")
-    ways = [DIRECTIONS[token] for token in tokens if token in DIRECTIONS]
-    if verb == "circling":
-        return "circling"
-    if "vertical" in ways:
-        return "bouncing up and down"
-    sources = [i for i, token in enumerate(tokens) if token in DIRECTIONS and "from" in tokens[max(i - 2, 0) : i]]
-    if verb == "bouncing" or "sideways" in ways or ({"left", "right"} <= set(ways) and not sources):
-        return "bouncing sideways"
-    if not ways:
-        return "passing right" if verb else ""
-    turned = {"left": "right", "right": "left"}
-    return f"passing {ways[-1] if len(ways) > 1 or not sources else turned[ways[-1]]}"
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
+def _choose(rng: Random, choices: Sequence[Choice]) -> Choice:
+    return choices[int(rng.random() * len(choices))]
 
 
 def position(scene: Scene, t: ArrayLike) -> tuple[Floats, Floats]:
@@ -308,6 +170,29 @@ def ground_picture(ground: str, pattern: str, tint: float = 1.0) -> Floats:
     return picture
 
 
+def backdrop(scene: Scene) -> Floats:
+    """Background and landmark, without the object: float [64, 64, 3] in 0..255."""
+    ground = ground_picture(scene.ground, scene.pattern, scene.tint)
+    alpha = emblem(scene.landmark, scene.corner)[..., None]
+    picture: Floats = ground + alpha * (np.asarray(LANDMARK_COLOR) - ground)
+    return picture
+
+
+def emblem(landmark: str, corner: str) -> Floats:
+    """How much of each pixel a landmark covers: [64, 64] in 0..1."""
+    x, y = CORNERS[corner]
+    centers = np.arange(PIXELS) + 0.5
+    dx, dy = np.abs(centers - x)[None, :], np.abs(centers - y)[:, None]
+    outline: Floats
+    if landmark == "ring":
+        outline = np.abs(np.hypot(dx, dy) - (EMBLEM - EMBLEM_STROKE)) - EMBLEM_STROKE
+    elif landmark == "cross":  # two bars, from corner to corner of a square
+        outline = np.maximum(np.abs(dx - dy) / math.sqrt(2) - EMBLEM_STROKE, np.maximum(dx, dy) - EMBLEM)
+    else:
+        outline = (dx + dy - EMBLEM) / math.sqrt(2)
+    return np.clip(0.5 - outline, 0, 1)
+
+
 def object_color(color: str, hue: float = 0.0) -> Floats:
     """RGB in 0..255, float [3], of a colour word, its hue turned by `hue` degrees."""
     return 255 * np.asarray(colorsys.hsv_to_rgb((HUES[color] + hue) / 360 % 1, SATURATION, VALUE))
@@ -339,8 +224,8 @@ def distance(shape: str, size: float | Floats, dx: Floats, dy: Floats) -> Floats
 
 
 def render(scene: Scene, frames: int, first: int = 0) -> NDArray[np.uint8]:
-    """The film from video frame `first` on, with soft edges: uint8 [frames, 64, 64, 3]."""
-    ground = ground_picture(scene.ground, scene.pattern, scene.tint)
+    """The scene from its video frame `first` on, with soft edges: uint8 [frames, 64, 64, 3]."""
+    ground = backdrop(scene)
     video = np.repeat(np.rint(ground)[None].astype(np.uint8), frames, axis=0)
     x, y = position(scene, np.arange(first, first + frames))
     alpha, left, top = cover(scene.shape, scene.size, x, y)
