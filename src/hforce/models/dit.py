@@ -23,7 +23,11 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class TextContext:
-    """A prompt as the model reads it: cross-attention keys and values of every layer, [B, H, T, D] each."""
+    """Prompts as the model reads them: cross-attention keys and values of every layer, [B, H, T, D] each.
+
+    With more prompts than items, say two for each, every item's tokens are cut into as many equal runs, and each run
+    reads its own: that is how clips with cuts in them are trained on.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -103,8 +107,9 @@ class CrossAttention(Projections):
         return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q = self.split(self.norm_q(self.q(x))).transpose(1, 2)
-        return self.o(F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2))
+        """x [B, N, dim], keys and values [B runs, H, T, D] -> [B, N, dim]."""
+        q = self.split(self.norm_q(self.q(x)).reshape(keys.shape[0], -1, x.shape[-1])).transpose(1, 2)
+        return self.o(F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hforce.models.taehv import TAEHV
 from hforce.models.tiny import LATENT_PIXELS, WORD_INDEX
-from hforce.toy.world import PIXELS, SLOTS, Scene, position, presence, render
+from hforce.toy.film import Cut, Film, Layout, chunk_start, layout, render_film
+from hforce.toy.world import EMBLEM, PIXELS, SLOTS, Scene
 
 FRAMES = 81  # video frames of a clip: 5 s
-LATENTS = 21
+LATENTS, CHUNKS = 21, 7  # the same in latent frames and in chunks
 REACH = 6.0  # pixels around an object's edge that still count as the object when a loss is weighted
+LANDMARK_REACH = 3.0  # the same for a landmark
+CUT_SHARE = 0.3  # of the codec's pieces that have a cut in them
+STRIDE = 4  # video frames of a latent frame, but for the first one of a clip
+
+Array = NDArray[Any]
 
 
 def word_ids(words: dict[str, str]) -> list[int]:
@@ -23,49 +31,70 @@ def word_ids(words: dict[str, str]) -> list[int]:
     return [WORD_INDEX[slot, words[slot]] for slot in SLOTS]
 
 
-def scene_of(seed: int, index: int) -> Scene:
+def film_of(seed: int, index: int) -> Film:
     """Clip number `index` of the data set with this seed."""
-    return Scene.sample(np.random.default_rng((seed, index)))
+    return Film.sample(np.random.default_rng((seed, index)), FRAMES)
 
 
-def object_mask(scene: Scene, cells: int, first: int = 0, frames: int = FRAMES) -> Tensor:
-    """Where the object is: bool [T, cells, cells], per video frame, on a coarse grid over the picture."""
-    t = np.arange(first, first + frames)
-    x, y = position(scene, t)
+def chunk_words(film: Film) -> Tensor:
+    """What the prompt of every chunk says: [CHUNKS, slots]."""
+    scenes = [part.scene for part in film.segments(FRAMES) for _ in range(_chunks(part.begin, part.end))]
+    return torch.tensor([word_ids(scene.words) for scene in scenes])
+
+
+def _chunks(begin: int, end: int) -> int:
+    return sum(begin <= chunk_start(chunk) < end for chunk in range(CHUNKS))
+
+
+def thing_mask(where: Layout, cells: int) -> Tensor:
+    """Where object and landmark are: bool [T, cells, cells], per video frame, on a coarse grid over the picture."""
     centres = (np.arange(cells) + 0.5) * (PIXELS / cells)
-    across, down = centres[None, None, :] - x[:, None, None], centres[None, :, None] - y[:, None, None]
-    far = np.maximum(np.abs(across), np.abs(down))
-    return torch.from_numpy((far < scene.size + REACH) & (presence(scene, t) > 0)[:, None, None])
+    thing = _near(centres, where.x, where.y, where.size + REACH) & (where.presence > 0)[:, None, None]
+    reach = np.full(len(where.x), EMBLEM + LANDMARK_REACH)
+    return torch.from_numpy(thing | _near(centres, where.landmark_x, where.landmark_y, reach))
 
 
-def latent_mask(scene: Scene, cells: int) -> Tensor:
-    """The same per latent frame (its first video frame alone, then groups of four): bool [n, cells, cells]."""
-    mask = object_mask(scene, cells)
-    return torch.cat([mask[:1], mask[1:].unflatten(0, (-1, 4)).any(dim=1)])
+def _near(centres: Array, x: Array, y: Array, reach: Array) -> Array:
+    """Which cells lie in the square of side 2 reach [T] around (x, y) [T]: bool [T, cells, cells]."""
+    across, down = (np.abs(centres[None] - axis[:, None]) < reach[:, None] for axis in (x, y))
+    near: Array = across[:, None, :] & down[:, :, None]
+    return near
+
+
+def latent_mask(film: Film, cells: int) -> Tensor:
+    """`thing_mask` per latent frame (its first video frame alone, then groups of four): bool [n, cells, cells]."""
+    mask = thing_mask(layout(film, FRAMES), cells)
+    return torch.cat([mask[:1], mask[1:].unflatten(0, (-1, STRIDE)).any(dim=1)])
 
 
 def video_batch(seed: int, step: int, size: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Short pieces of fresh clips for the codec: video [B, T, 3, 64, 64] in 0..1, object mask [B, T, 1, 64, 64]."""
+    """Short pieces of fresh films for the codec: video [B, T, 3, 64, 64] in 0..1, mask of things [B, T, 1, 64, 64].
+
+    Some have a cut in them, where a latent frame begins.
+    """
     rng = np.random.default_rng((seed, 1, step))
     videos, masks = [], []
     for _ in range(size):
-        scene, first = Scene.sample(rng), int(rng.integers(0, 200))
-        videos.append(torch.from_numpy(render(scene, frames, first)))
-        masks.append(object_mask(scene, PIXELS, first, frames))
+        first, cuts = int(rng.integers(0, 200)), [Cut(0, Scene.sample(rng))]
+        if rng.random() < CUT_SHARE:
+            cuts.append(Cut(first + 1 + STRIDE * int(rng.integers(0, frames // STRIDE)), Scene.sample(rng)))
+        film = Film(tuple(cuts))
+        videos.append(torch.from_numpy(render_film(film, frames, first)))
+        masks.append(thing_mask(layout(film, frames, first), PIXELS))
     video = torch.stack(videos).permute(0, 1, 4, 2, 3).float() / 255
     return video, torch.stack(masks)[:, :, None]
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Encoded clips. latents float16 [K, 21, C, 8, 8] (normalised), mask bool [K, 21, 8, 8], words [K, 8]."""
+    """Encoded clips. latents float16 [K, 21, C, 8, 8] (normalised), mask bool [K, 21, 8, 8], words [K, 7, slots]."""
 
     latents: Tensor
     mask: Tensor
     words: Tensor
 
     def batch(self, index: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Clips `index` [B] as float32 latents, mask [B, 21, 1, 8, 8] and words on `device`."""
+        """Clips `index` [B] as float32 latents, mask [B, 21, 1, 8, 8] and words [B, 7, slots] on `device`."""
         latents, mask, words = self.latents[index].float(), self.mask[index][:, :, None], self.words[index]
         return latents.to(device), mask.to(device), words.to(device)
 
@@ -76,16 +105,15 @@ def encode_clips(codec: TAEHV, seed: int, count: int, device: str, at_once: int 
     cells = PIXELS // LATENT_PIXELS
     latents = torch.empty(count, LATENTS, codec.config.latent_channels, cells, cells, dtype=torch.float16)
     mask = torch.empty(count, LATENTS, cells, cells, dtype=torch.bool)
-    words = torch.empty(count, len(SLOTS), dtype=torch.long)
+    words = torch.empty(count, CHUNKS, len(SLOTS), dtype=torch.long)
     for start in range(0, count, at_once):
         batch = range(start, min(start + at_once, count))
-        scenes = [scene_of(seed, i) for i in batch]
-        video = torch.from_numpy(np.stack([render(scene, FRAMES) for scene in scenes]))
+        films = [film_of(seed, i) for i in batch]
+        video = torch.from_numpy(np.stack([render_film(film, FRAMES) for film in films]))
         video = video.to(device).permute(0, 1, 4, 2, 3).float() / 255
         latents[batch.start : batch.stop] = codec.encode_clip(video).half().cpu()
-        for i, scene in zip(batch, scenes, strict=True):
-            mask[i] = latent_mask(scene, cells)
-            words[i] = torch.tensor(word_ids(scene.words))
+        for i, film in zip(batch, films, strict=True):
+            mask[i], words[i] = latent_mask(film, cells), chunk_words(film)
     return Clips(latents, mask, words)
 
 

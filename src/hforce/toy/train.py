@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hforce.attention.dense import BlockCausal, plain_softmax
 from hforce.attention.rope import Rope3D
-from hforce.models.tiny import TinyModel
+from hforce.models.tiny import LATENT_PIXELS, TinyModel
 from hforce.toy.data import LATENTS, Clips, encode_clips, load_clips, save_clips, video_batch
+from hforce.toy.world import PIXELS
 
 log = logging.getLogger(__name__)
 CHUNK, TRAIN_STEPS = 3, 1000  # latent frames per chunk; timesteps run 0..1000
@@ -168,7 +169,8 @@ class Trainer:
     def __init__(self, model: TinyModel, recipe: Recipe, device: str) -> None:
         self.model, self.recipe, self.device = model, recipe, device
         config = model.dit.config
-        rope = Rope3D((4, 4), config.head_dim, device=device)
+        cells = PIXELS // LATENT_PIXELS
+        rope = Rope3D((cells // config.patch[1], cells // config.patch[2]), config.head_dim, device=device)
         self.clip = BlockCausal(rope, [CHUNK] * (LATENTS // CHUNK), teacher_forcing=True, kernel=plain_softmax)
         self.first = BlockCausal(rope, [CHUNK], kernel=plain_softmax)
 
@@ -179,12 +181,12 @@ class Trainer:
         noise = self._randn(x0.shape, generator)
         noisy = torch.lerp(x0, noise, sigma[:, :, None, None, None])
         joined, t = torch.cat([self._context(x0, generator), noisy], dim=1), torch.cat([sigma * 0, sigma], dim=1)
-        flow = self._flow(joined, t, words, self.clip)[:, LATENTS:]
+        flow = self._flow(joined, t, torch.cat([words, words], dim=1), self.clip)[:, LATENTS:]
         return _weighted((flow - (noise - x0)) ** 2, mask, self.recipe.object_weight)
 
     def first_loss(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> Tensor:
         """First chunks alone, from text."""
-        x0, mask, words = batch[0][:, :CHUNK], batch[1][:, :CHUNK], batch[2]
+        x0, mask, words = batch[0][:, :CHUNK], batch[1][:, :CHUNK], batch[2][:, :1]
         sigma = self._sigmas(x0.shape[0], 1, generator).expand(-1, CHUNK)
         noise = self._randn(x0.shape, generator)
         flow = self._flow(torch.lerp(x0, noise, sigma[:, :, None, None, None]), sigma, words, self.first)
@@ -193,7 +195,7 @@ class Trainer:
     def _flow(self, x: Tensor, sigma: Tensor, words: Tensor, attend: BlockCausal) -> Tensor:
         # The plain form of attention to the text: its backward pass is much faster on a CPU.
         with _autocast(self.device), sdpa_kernel(SDPBackend.MATH):
-            text = self.model.dit.project_text(self.model.words(words))
+            text = self.model.dit.project_text(self.model.words(words).flatten(0, 1))
             return self.model.dit(x, sigma * TRAIN_STEPS, text, attend).float()
 
     def _context(self, x0: Tensor, generator: torch.Generator) -> Tensor:
