@@ -21,7 +21,7 @@ SPARE = 2.5  # pixels around the fitted outline that still count as its (blurred
 FAINT = 0.08  # coverage below this is noise
 POOR = 0.2  # squared error over area at which a fit by moments is not believed
 ALIKE = 60.0  # RGB distance, of paint and of background, up to which two frames may show the same object
-SIZES_TRIED = (7.0, 8.0, 9.0, 10.0)  # pixels: for a cut object that was never seen whole
+SIZES_TRIED = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0)  # pixels: for a cut object that was never seen whole
 AREAS = {"circle": np.pi, "square": 4 * SQUARE_HALF**2, "triangle": 3 * np.sqrt(3) * TRIANGLE_INNER**2}  # at size 1
 PAD = 16  # pixels around the picture in which the search for a cut object may put its centre
 
