@@ -313,7 +313,7 @@ def test_edges_hold_all_that_drift_looks_at(motion: str) -> None:
         edges.look(first, film[first : first + (12 if first else 9)])
     assert len(edges.video) == 17 * FPS + 9
     whole, kept = (drift(read_frames(video), scene) for video in (film, edges.video))
-    assert kept == pytest.approx(whole, nan_ok=True)
+    assert kept == pytest.approx(whole, nan_ok=True, abs=1e-4)  # a cut object is sized by the frames beside it
     assert whole["ground_right"] < -0.7
 
 

@@ -383,3 +383,14 @@ def test_a_film_without_a_landmark_has_none_to_keep():
     scores = score(blank, BOUNCING)
     assert np.isnan(scores.landmark_kept).all()
     assert (scores.one_landmark == 0).all()
+
+
+def test_an_object_at_the_edge_is_not_taken_for_as_small_as_that_of_another_scene():
+    """Its size used to be that of the nearest frame in plain view, even across a cut; so it seemed whole."""
+    large = variant(PASSING, start="fourth", size=10.0, mark="none")
+    film = Film((Cut(0, large), Cut(9, variant(BOUNCING, size=7.0))))
+    reading = read_frames(render_film(film, 33))
+    seen = presence(large, np.arange(9))
+    assert seen.max() < 0.95
+    np.testing.assert_allclose(reading.visible[:9], seen, atol=0.1)
+    assert not reading.whole[:9].any()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ GHOST_CONTRAST = (
 SPARE = 2.5  # pixels around the fitted outline that still count as its (blurred) edge
 FAINT = 0.08  # coverage below this is noise
 POOR = 0.2  # squared error over area at which a fit by moments is not believed
-COMMON_SIZE = 8.5  # pixels: taken for a cut object that was never seen whole
+ALIKE = 60.0  # RGB distance, of paint and of background, up to which two frames may show the same object
+SIZES_TRIED = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0)  # pixels: for a cut object that was never seen whole
 AREAS = {"circle": np.pi, "square": 4 * SQUARE_HALF**2, "triangle": 3 * np.sqrt(3) * TRIANGLE_INNER**2}  # at size 1
 PAD = 16  # pixels around the picture in which the search for a cut object may put its centre
 
@@ -48,7 +51,7 @@ def find_figure(pixels: Array, ground: Array) -> Figure:
     main = np.stack([largest(each) for each in mask])
     paint = np.stack([_paint(frame[each]) for frame, each in zip(pixels, main, strict=True)])
     alpha = _coverage(away, paint[:, None, None] - ground, main, mask & ~main)
-    shape, size, x, y, plain = _fit(alpha)
+    shape, size, x, y, plain = _fit(alpha, np.stack([paint, ground.mean((1, 2))], axis=1))
     outline = outline_of(shape, size, x, y)
     return Figure((contrast > GHOST_CONTRAST) & ~(outline <= SPARE), paint, alpha, shape, size, x, y, plain, outline)
 
@@ -98,11 +101,12 @@ def outline_of(shape: Array, size: Array, x: Array, y: Array) -> Array:
     return outline
 
 
-def _fit(alpha: Array) -> tuple[Array, Array, Array, Array, Array]:
+def _fit(alpha: Array, looks: Array) -> tuple[Array, Array, Array, Array, Array]:
     """Shape word, size, x, y, and whether in plain view, each [T], of coverages [T, 64, 64]; "" and nan = no object.
 
     An object in plain view has its centre at the centroid and its size from the area. One that is cut by the edge, or
-    melted into another, is searched for at the size of the nearest frame in plain view.
+    melted into another, is searched for at the size of the nearest frame that shows it in plain view: one that is alike
+    in looks [T, 2, 3], paint and background.
     """
     area = alpha.sum((1, 2), dtype=np.float64)
     centers = np.arange(PIXELS) + 0.5
@@ -115,9 +119,9 @@ def _fit(alpha: Array) -> tuple[Array, Array, Array, Array, Array]:
     plain = there & (error.min(0) < POOR * area) & (_rim(alpha) < 0.5)
     known = np.flatnonzero(plain)
     for t in np.flatnonzero(there & ~plain):
-        scale = size[known[np.abs(known - t).argmin()]] if len(known) else COMMON_SIZE
-        best[t], x[t], y[t] = _search(alpha[t], scale)
-        size[t] = scale
+        alike = known[(np.linalg.norm(looks[known] - looks[t], axis=-1) < ALIKE).all(1)]
+        tried = (float(size[alike[np.abs(alike - t).argmin()]]),) if len(alike) else SIZES_TRIED
+        best[t], size[t], x[t], y[t] = _search(alpha[t], tried)
     return np.where(there, np.array(SLOTS["shape"])[best], ""), size, x, y, plain
 
 
@@ -137,21 +141,21 @@ def _misfit(alpha: Array, word: str, size: Array, x: Array, y: Array) -> Array:
     return error
 
 
-def _search(alpha: Array, size: float) -> tuple[int, float, float]:
-    """The shape (its place in SLOTS) and centre (x, y) that explain a coverage [64, 64] best; it may be cut off."""
+def _search(alpha: Array, sizes: Sequence[float]) -> tuple[int, float, float, float]:
+    """Shape (its place in SLOTS), size and centre (x, y) that explain a coverage [64, 64] best; it may be cut off."""
     side = PIXELS + 2 * PAD
     inside = np.pad(np.ones((PIXELS, PIXELS), np.float32), PAD)
     have, where = np.fft.rfft2(np.pad(alpha, PAD)), np.fft.rfft2(inside)
     near = (np.arange(side) + side // 2) % side - side // 2 + 0.5  # offsets from a centre at the corner, wrapped round
     found = []
-    for number, word in enumerate(SLOTS["shape"]):
+    for (number, word), size in product(enumerate(SLOTS["shape"]), sizes):
         drawn = np.clip(0.5 - distance(word, size, near, near[:, None]), 0, 1).astype(np.float32)
         match = np.fft.irfft2(have * np.fft.rfft2(drawn).conj(), (side, side))
         amount = np.fft.irfft2(where * np.fft.rfft2(drawn**2).conj(), (side, side))
         error = amount - 2 * match
         y, x = divmod(int(error.argmin()), side)
         column, row = error[:, x], error[y]
-        found.append((error[y, x], number, x + _dip(row, x) - PAD, y + _dip(column, y) - PAD))
+        found.append((error[y, x], number, size, x + _dip(row, x) - PAD, y + _dip(column, y) - PAD))
     return min(found)[1:]
 
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from hforce.errors import DataError
 from hforce.toy.background import find_ground, ground_words, spread
 from hforce.toy.blobs import areas
-from hforce.toy.figure import AREAS, COMMON_SIZE, Figure, find_figure
+from hforce.toy.figure import AREAS, Figure, find_figure
 from hforce.toy.landmarks import read_corners, sole_landmark
 from hforce.toy.motion import likeliest_path
 from hforce.toy.world import HUES, MARK_COLORS, MARK_RADIUS, PIXELS
 
 BATCH = 256  # video frames read at once: bounds memory
+COMMON_AREA = 230.0  # pixels: that of an object where none is seen
 LEAST_CHROMA = 60.0  # of 255; below, an object has no colour word
 WHOLE = 0.97  # visible fraction from which an object counts as fully in the picture
 
@@ -91,7 +92,7 @@ def _read(video: NDArray[np.uint8]) -> dict[str, Array]:
     landmark, corner = sole_landmark(corners)
     figure = find_figure(pixels, backdrop)
     cover = np.nan_to_num(np.clip(0.5 - figure.outline, 0, 1))
-    area = np.nan_to_num(figure.size**2 * _per_word(figure.shape, AREAS), nan=AREAS["circle"] * COMMON_SIZE**2)
+    area = np.nan_to_num(figure.size**2 * _per_word(figure.shape, AREAS), nan=COMMON_AREA)
     visible = np.minimum(cover.sum((1, 2)) / area, 1)
     whole = visible >= WHOLE
     others = [areas(rest) for rest in figure.rest]
