@@ -123,6 +123,20 @@ def test_a_video_goes_on_from_given_latents(count: int, blocks: list[int]) -> No
     close(latents(made), expected[:, count:], 2e-4)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_every_shot_opens_with_steps_of_its_own(given: bool) -> None:
+    """But a shot that goes on from given latents is open already."""
+    sampling = Sampling(STEPS, first_steps=STEPS[:1])
+    told: list[float] = []
+    hook = WAN.register_forward_hook(lambda module, args, flow: told.append(float(args[1][0, 0])))
+    stream = Stream(WAN, one_role(Full(24)), sampling, SHAPE, seeded(0), Switch("keep"))
+    list(stream.play(takes(2, 2), draw(1, 3, *SHAPE) if given else None))
+    hook.remove()
+    steps = [step.timestep for step in STEPS]
+    ordinary, opening, taken_in = [*steps, 0.0], [steps[0], 0.0], [0.0]
+    assert told == [*(taken_in + ordinary if given else opening), *ordinary, *opening, *ordinary]
+
+
 def test_the_clean_pass_says_what_a_dense_pass_over_the_whole_clip_says() -> None:
     flows: list[Tensor] = []
     hook = WAN.register_forward_hook(lambda module, args, flow: flows.append(flow))

@@ -60,7 +60,7 @@ class SampleConfig:
     """How one chunk is denoised. The defaults are Self-Forcing's (arXiv 2506.08009)."""
 
     steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # timesteps in 1..1000, falling
-    first_steps: list[int] = field(default_factory=list)  # of the first chunk; empty: as `steps`
+    first_steps: list[int] = field(default_factory=list)  # of a shot's first chunk; empty: as `steps`
     warp: bool = True  # look the timesteps up in the shifted schedule
     shift: float = 5.0
     context_noise: int = 0  # timestep 0..1000 at which the finished chunk is written to the cache

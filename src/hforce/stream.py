@@ -49,7 +49,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a chunk is denoised. first_steps and first_frames, where given, hold for the very first chunk."""
+    """How a chunk is denoised.
+
+    first_steps, where given, hold for the chunk that opens a shot, of which nothing can be copied from the past;
+    first_frames for the very first chunk.
+    """
 
     steps: tuple[Step, ...]
     first_steps: tuple[Step, ...] = ()
@@ -104,16 +108,17 @@ class Stream:
                 self._take_in(given, text, recent)
             begun = number
             while take.chunks is None or number - begun < take.chunks:
-                settled = not shot or number - begun >= SETTLING
-                yield self._make(number, shot, text, settled, recent)
+                yield self._make(number, number - begun, shot, text, recent)
                 number += 1
 
-    def _make(self, number: int, shot: int, text: TextContext, settled: bool, recent: deque[Tensor]) -> Chunk:
-        """Denoises one chunk and commits it."""
+    def _make(self, number: int, in_shot: int, shot: int, text: TextContext, recent: deque[Tensor]) -> Chunk:
+        """Denoises one chunk, number `in_shot` of its shot, and commits it."""
         start = self.clock()
         is_first = number == 0 and self.cache.now == 0
+        opens = is_first or (shot > 0 and in_shot == 0)
+        settled = not shot or in_shot >= SETTLING
         frames = (is_first and self.sampling.first_frames) or self.cache.geometry.chunk
-        steps = (is_first and self.sampling.first_steps) or self.sampling.steps
+        steps = (opens and self.sampling.first_steps) or self.sampling.steps
         draws = (self._to_device(x) for x in self.noise(number, (1, frames, *self.shape)))
         clean = few_step(lambda x, t: self._flow(x, t, text), steps, draws)
         if not bool(torch.isfinite(clean).all()):

@@ -51,21 +51,25 @@ def test_later_frames_change_no_earlier_block() -> None:
     assert not torch.equal(after[:, 6 * TOKENS :], before[:, 6 * TOKENS :])
 
 
+@pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("blocks", [[3, 3, 3], [1, 3, 3], [1] * 4])
-def test_teacher_forcing_is_many_streams_at_once(blocks: Sequence[int], window: int) -> None:
-    """The clean half is the clip alone; a noisy block is that block in place of the clean one, and nothing after it."""
-    tokens = sum(blocks) * TOKENS
-    both = [torch.cat(pair, dim=1) for pair in zip(clip(sum(blocks)), clip(sum(blocks), seed=1), strict=True)]
-    out = BlockCausal(ROPE, blocks, window, teacher_forcing=True)(0, *both)
-    alone = BlockCausal(ROPE, blocks, window)(0, *(x[:, :tokens] for x in both))
-    close(out[:, :tokens], alone, 1e-6)
-    end = 0
-    for number, frames in enumerate(blocks):
-        start, end = end, end + frames * TOKENS
-        replaced = [torch.cat([x[:, :start], x[:, tokens + start : tokens + end]], dim=1) for x in both]
-        one = BlockCausal(ROPE, blocks[: number + 1], window)(0, *replaced)
-        close(out[:, tokens + start : tokens + end], one[:, start:])
+def test_teacher_forcing_is_many_streams_at_once(blocks: Sequence[int], window: int, views: int) -> None:
+    """The clean part is the clip alone; a noisy block is that block in place of the clean one, and nothing after it."""
+    tokens, clean = sum(blocks) * TOKENS, sum(blocks[:-1]) * TOKENS
+    clips = [clip(sum(blocks), seed=seed) for seed in range(views + 1)]
+    joined = [torch.cat([parts[0][:, :clean], *parts[1:]], dim=1) for parts in zip(*clips, strict=True)]
+    out = BlockCausal(ROPE, blocks, window, noisy=views)(0, *joined)
+    alone = BlockCausal(ROPE, blocks, window)(0, *clips[0])
+    close(out[:, :clean], alone[:, :clean], 1e-6)
+    for view in range(views):
+        begin, end = clean + view * tokens, 0
+        for number, frames in enumerate(blocks):
+            start, end = end, end + frames * TOKENS
+            noisy = slice(begin + start, begin + end)
+            replaced = [torch.cat([x[:, :start], x[:, noisy]], dim=1) for x in joined]
+            one = BlockCausal(ROPE, blocks[: number + 1], window)(0, *replaced)
+            close(out[:, noisy], one[:, start:])
 
 
 def test_both_kernels_have_the_same_gradient() -> None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,11 @@ from hforce.attention.rope import Rope3D
 from hforce.models.dit import WanConfig
 from hforce.models.taehv import TaehvConfig
 from hforce.models.tiny import TinyModel
-from hforce.toy.data import encode_clips, latent_mask, object_mask, scene_of, video_batch, word_ids
+from hforce.toy.data import chunk_words, encode_clips, film_of, latent_mask, thing_mask, video_batch, word_ids
 from hforce.toy.evaluate import SHOWN, curves, interval, markdown, sheet
+from hforce.toy.film import Cut, Film, chunk_start, layout
 from hforce.toy.train import Recipe, Run, Trainer, init_weights, make_clips, rate, train_codec, train_transformer
-from hforce.toy.world import SLOTS
+from hforce.toy.world import SLOTS, Scene, render
 
 RECIPE = Recipe(codec_steps=2, codec_batch=2, codec_frames=5, clips=6, steps=3, batch=2, first_batch=2, save_every=1)
 SMALL = WanConfig(dim=48, ffn_dim=48, layers=2, heads=2, text_dim=16, text_len=8, in_channels=12, out_channels=12)
@@ -81,37 +83,58 @@ def test_clips_depend_on_seed_and_number_alone():
     few, many = (encode_clips(codec, 3, count, "cpu", at_once) for count, at_once in ((3, 2), (5, 8)))
     torch.testing.assert_close(few.latents, many.latents[:3], rtol=0, atol=2e-3)
     assert torch.equal(few.words, many.words[:3])
-    assert word_ids(scene_of(3, 1).words) == few.words[1].tolist()
-    assert len(few.words[0]) == len(SLOTS)
+    assert few.words.shape == (3, 7, len(SLOTS))
+    assert torch.equal(few.words[1], chunk_words(film_of(3, 1)))
 
 
-def test_masks_cover_the_object():
-    scene = scene_of(0, 4)
-    pixels, cells = object_mask(scene, 64), latent_mask(scene, 8)
-    assert pixels.shape == (81, 64, 64)
-    assert cells.shape == (21, 8, 8)
-    video, mask = video_batch(0, 0, 2, 5)
-    assert video.shape == (2, 5, 3, 64, 64)
-    assert 0 < mask.float().mean() < 0.7
+def test_every_chunk_has_the_words_of_the_scene_it_shows():
+    one, other = (Scene.sample(np.random.default_rng(seed)) for seed in (0, 1))
+    film = Film((Cut(0, one), Cut(chunk_start(2), other), Cut(chunk_start(5), one)))
+    assert chunk_words(film).tolist() == [word_ids(s.words) for s in [one] * 2 + [other] * 3 + [one] * 2]
+
+
+def test_masks_cover_object_and_landmark():
+    """A yardstick of its own: what differs between two films that differ in one thing alone lies inside the mask."""
+    scene = replace(Scene.sample(np.random.default_rng(4)), color="red", mark="none", landmark="ring")
+    film, frames = Film((Cut(0, scene),)), 81
+    pixels, cells = thing_mask(layout(film, frames), 64), latent_mask(film, 8)
+    assert (pixels.shape, cells.shape) == ((81, 64, 64), (21, 8, 8))
+    for change in ({"color": "blue"}, {"mark": "white"}, {"landmark": "cross"}):
+        changed = (render(scene, frames) != render(replace(scene, **change), frames)).any(axis=-1)
+        assert changed.any() and pixels.numpy()[changed].all()
+    assert pixels.float().mean() < 0.5
+    assert torch.equal(cells[0], thing_mask(layout(film, 1), 8)[0])
+
+
+def test_pieces_for_the_codec_are_short_films_some_with_a_cut():
+    video, mask = video_batch(0, 0, 12, 9)
+    assert (video.shape, mask.shape) == ((12, 9, 3, 64, 64), (12, 9, 1, 64, 64))
+    jumps = (video[:, 1:] - video[:, :-1]).abs().mean(dim=(2, 3, 4))
+    cuts = (jumps > 0.05).nonzero()
+    assert 0 < len(cuts) < 12 and set(cuts[:, 1].tolist()) <= {0, 4}
 
 
 def test_loss_of_a_clip_is_that_of_its_chunks_seen_one_by_one():
-    """Teacher forcing in one pass equals predicting each noisy chunk after the clean ones before it."""
+    """Teacher forcing in one pass equals predicting each noisy chunk, under its own prompt, after the clean ones."""
     model = TinyModel(SMALL, CODEC)
     init_weights(model, 0)
     torch.nn.init.normal_(model.dit.head.head.weight, std=0.1)
     rope = Rope3D((4, 4), SMALL.head_dim)
-    x0, noisy = torch.randn(2, 1, 9, 12, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([[700.0] * 3 + [300.0] * 3 + [900.0] * 3])
-    text = model.dit.project_text(model.words(torch.zeros(1, 8, dtype=torch.long)))
-    both, times = torch.cat([x0, noisy], dim=1), torch.cat([t * 0, t], dim=1)
-    together = model.dit(both, times, text, BlockCausal(rope, [3] * 3, teacher_forcing=True))[:, 9:]
+    x0, noisy = torch.randn(2, 2, 9, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([[700.0] * 3 + [300.0] * 3 + [900.0] * 3]).expand(2, -1)
+    words = torch.randint(30, (2, 3, 8), generator=torch.Generator().manual_seed(1))
+
+    def flow(x, times, prompts, attend):
+        return model.dit(x, times, model.dit.project_text(model.words(prompts).flatten(0, 1)), attend)
+
+    both, times = torch.cat([x0[:, :6], noisy], dim=1), torch.cat([t[:, :6] * 0, t], dim=1)
+    together = flow(both, times, torch.cat([words[:, :2], words], dim=1), BlockCausal(rope, [3] * 3, noisy=1))[:, 6:]
     for chunk in range(3):
         past = slice(0, 3 * chunk)
         own = slice(3 * chunk, 3 * chunk + 3)
         x = torch.cat([x0[:, past], noisy[:, own]], dim=1)
         times = torch.cat([t[:, past] * 0, t[:, own]], dim=1)
-        alone = model.dit(x, times, text, BlockCausal(rope, [3] * (chunk + 1)))[:, own]
+        alone = flow(x, times, words[:, : chunk + 1], BlockCausal(rope, [3] * (chunk + 1)))[:, own]
         torch.testing.assert_close(together[:, own], alone, atol=1e-5, rtol=0)
 
 

@@ -29,8 +29,9 @@ class BlockCausal:
     """An `Attend` for whole clips: each block of frames sees itself and every earlier block.
 
     blocks: frames per block, for example [3] * 7. window: frames a block may see, itself included (0 = all), as
-    Self-Forcing's local_attn_size. With teacher_forcing the clip comes twice, clean then noisy (positions repeat):
-    clean blocks see clean ones up to themselves, noisy blocks see the earlier clean ones and themselves.
+    Self-Forcing's local_attn_size. With noisy = n (teacher forcing) the clip comes first clean, without its last block,
+    for nothing looks back at that, and then n times noisy (positions repeat): clean blocks see clean ones up to
+    themselves, noisy blocks see the earlier clean ones and themselves.
     """
 
     def __init__(
@@ -38,30 +39,28 @@ class BlockCausal:
         rope: Rope3D,
         blocks: Sequence[int],
         window: int = 0,
-        teacher_forcing: bool = False,
+        noisy: int = 0,
         kernel: Kernel = sdpa,
     ) -> None:
         self.rope, self.blocks, self.window, self.kernel = rope, tuple(blocks), window, kernel
-        self.teacher_forcing = teacher_forcing
+        self.clean, self.noisy = len(blocks) - bool(noisy), noisy
         index = torch.arange(sum(blocks))
-        self.phase = rope.full(torch.cat([index, index]) if teacher_forcing else index)[:, None]
+        clean = index[: sum(self.blocks[: self.clean])]
+        self.phase = rope.full(torch.cat([clean, *[index] * noisy]))[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, T, H, D] before RoPE, T tokens of the whole clip -> [B, T, H, D]."""
         q, k = turn(q, self.phase), turn(k, self.phase)
         tokens = self.rope.space.shape[0]
-        sizes = [frames * tokens for frames in self.blocks] * (2 if self.teacher_forcing else 1)
+        sizes = [frames * tokens for frames in (*self.blocks[: self.clean], *self.blocks * self.noisy)]
         # Cut once: the backward pass of a slice writes a whole tensor, that of a concatenation only its parts.
         queries, keys, values = (x.transpose(1, 2).split(sizes, dim=2) for x in (q, k, v))
-        blocks = len(self.blocks)
-        clean, noisy = [], []
-        for i in range(blocks):
-            first, hidden = self._from(i)
-            seen = range(first, i)
-            clean.append(self._block(queries[i], keys, values, [*seen, i], hidden * tokens))
-            if self.teacher_forcing:
-                noisy.append(self._block(queries[blocks + i], keys, values, [*seen, blocks + i], hidden * tokens))
-        return torch.cat(clean + noisy, dim=2).transpose(1, 2)
+        outs = []
+        for at, q in enumerate(queries):
+            block = at if at < self.clean else (at - self.clean) % len(self.blocks)
+            first, hidden = self._from(block)
+            outs.append(self._block(q, keys, values, [*range(first, block), at], hidden * tokens))
+        return torch.cat(outs, dim=2).transpose(1, 2)
 
     def _block(
         self, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], seen: list[int], hidden: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,24 @@ class Clips:
         return latents.to(device), mask.to(device), words.to(device)
 
 
-@torch.no_grad()
-def encode_clips(codec: TAEHV, seed: int, count: int, device: str, at_once: int = 8) -> Clips:
+def encode_clips(codec: TAEHV, seed: int, count: int, device: str, at_once: int = 8, workers: int = 2) -> Clips:
     """Renders and encodes clips 0 .. count - 1 of the data set. Latents come as the codec gives them."""
     cells = PIXELS // LATENT_PIXELS
     latents = torch.empty(count, LATENTS, codec.config.latent_channels, cells, cells, dtype=torch.float16)
     mask = torch.empty(count, LATENTS, cells, cells, dtype=torch.bool)
     words = torch.empty(count, CHUNKS, len(SLOTS), dtype=torch.long)
-    for start in range(0, count, at_once):
-        batch = range(start, min(start + at_once, count))
-        films = [film_of(seed, i) for i in batch]
+
+    @torch.no_grad()
+    def encode(start: int) -> None:
+        films = [film_of(seed, i) for i in range(start, min(start + at_once, count))]
         video = torch.from_numpy(np.stack([render_film(film, FRAMES) for film in films]))
         video = video.to(device).permute(0, 1, 4, 2, 3).float() / 255
-        latents[batch.start : batch.stop] = codec.encode_clip(video).half().cpu()
-        for i, film in zip(batch, films, strict=True):
+        latents[start : start + len(films)] = codec.encode_clip(video).half().cpu()
+        for i, film in enumerate(films, start):
             mask[i], words[i] = latent_mask(film, cells), chunk_words(film)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(encode, range(0, count, at_once)))
     return Clips(latents, mask, words)
 
 
