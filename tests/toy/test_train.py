@@ -19,7 +19,9 @@ from hforce.toy.film import Cut, Film, chunk_start, layout
 from hforce.toy.train import Recipe, Run, Trainer, init_weights, make_clips, rate, train_codec, train_transformer
 from hforce.toy.world import SLOTS, Scene, render
 
-RECIPE = Recipe(codec_steps=2, codec_batch=2, codec_frames=5, clips=6, steps=3, batch=2, first_batch=2, save_every=1)
+RECIPE = Recipe(
+    codec_steps=2, codec_batch=2, codec_frames=5, clips=6, steps=3, parts=2, batch=2, first_batch=2, save_every=1
+)
 SMALL = WanConfig(dim=48, ffn_dim=48, layers=2, heads=2, text_dim=16, text_len=8, in_channels=12, out_channels=12)
 CODEC = TaehvConfig(12, 8, (12, 8, 8, 8), space_down=(1, 2, 1), space_up=(2, 1, 1), patch=4)
 
