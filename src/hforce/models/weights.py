@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,9 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> str:
     every precision that bfloat16 can be rounded from.
     """
     digest = hashlib.sha256()
-    for layer in count():
-        names = [f"blocks.{layer}.self_attn.{part}.weight" for part in ("q", "k")]
-        if names[0] not in state:
-            return digest.hexdigest()
-        for name in names:
-            weight = state[name].detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
-            digest.update(weight.view(torch.uint8).numpy())
+    for layer in takewhile(lambda layer: f"blocks.{layer}.self_attn.q.weight" in state, count()):
+        for part in ("q", "k"):
+            weight = state[f"blocks.{layer}.self_attn.{part}.weight"].detach()
+            plain = weight.to(device="cpu", dtype=torch.bfloat16).contiguous()
+            digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
