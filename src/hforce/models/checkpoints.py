@@ -65,7 +65,8 @@ def with_release_names(raw: LazyState, path: Path) -> tuple[LazyState, str]:
     new = {name: from_diffusers(rest) if renamed else rest for name, (_, rest) in names.items()}
     doubles = sorted(name for name, uses in Counter(new.values()).items() if uses > 1)
     if doubles:
-        raise CheckpointError(f"{path} holds {len(doubles)} tensors twice, under several names: {shown(doubles)}")
+        message = f"{path} holds {len(doubles)} tensors twice, under several names: {shown(doubles)}"
+        raise CheckpointError(message, "are two models in one file?")
     prefix = Counter(prefix for prefix, _ in names.values()).most_common(1)[0][0]
     return LazyState({new[name]: entry for name, entry in raw.entries.items()}), prefix
 

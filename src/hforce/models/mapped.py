@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from hforce.documents import parse_document, read_document
-from hforce.errors import CheckpointError, InputError, UnavailableError
+from hforce.errors import CheckpointError, HforceError, InputError, UnavailableError
 from hforce.models.weights import PICKLED, SHOWN, ZIPPED, first_bytes, open_safetensors, way_out
 
 SAFE_TORCH = "2.10"  # the first whose weights_only loading is safe
@@ -92,7 +95,7 @@ class Contents:
         """
         found = next((name for name in (*wanted, "") if self.members.get(name)), None)
         if found is None:
-            there = shown(list(map(str, self.members))) if self.members else "nothing"
+            there = shown([str(name) for name in self.members if name]) or "no tensors"
             message = f"{self.path} has none of {', '.join(wanted)}: it holds {there}"
             raise CheckpointError(message, "is it the weight file of a Wan2.1 transformer?")
         return found, LazyState({str(k): self._entry(found, k, v) for k, v in self.members[found].items()})
@@ -152,27 +155,47 @@ def _members(path: Path) -> Mapping[str, Mapping[Any, Any]]:
 
 
 def _safetensors(path: Path) -> dict[str, Entry]:
-    file, entries = open_safetensors(path), {}
+    """What a safetensors file holds. Its tensors are mapped one by one: a whole file may be larger than the memory."""
+    file, entries = open_safetensors(path, "numpy"), {}
+    with path.open("rb") as opened:  # the header, which was just checked, says where in the file a tensor is
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
     for name in file.keys():  # noqa: SIM118
-        found = file.get_slice(name)
-        if found.get_dtype() not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {clip(name)} is quantised ({found.get_dtype()})", NO_QUANTS)
-        entries[name] = Entry(tuple(found.get_shape()), DTYPES[found.get_dtype()], partial(file.get_tensor, name))
+        shape, kind = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {clip(name)} is quantised ({kind})", NO_QUANTS)
+        start = 8 + length + header[name]["data_offsets"][0]
+        entries[name] = Entry(shape, DTYPES[kind], partial(_map, path, start, shape, DTYPES[kind]))
     return entries
+
+
+def _map(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor at byte `start` of a file, mapped: what is written to it stays in memory."""
+    size, page = torch.Size(shape).numel() * dtype.itemsize, start % mmap.ALLOCATIONGRANULARITY
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        with path.open("rb") as file:
+            room = mmap.mmap(file.fileno(), page + size, access=mmap.ACCESS_COPY, offset=start - page)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} was changed or removed while it was read", "run the command again") from error
+    raw = torch.frombuffer(room, dtype=torch.uint8, count=size, offset=page)
+    return (raw.clone() if page % dtype.itemsize else raw).view(dtype).view(shape)
 
 
 def _unpickled(path: Path) -> dict[str, Mapping[Any, Any]]:
     """The dicts in a .pt. Nothing but tensors and plain containers is ever made of it."""
+    if path.suffix == ".safetensors":  # torch.load believes the name
+        raise CheckpointError(f"{path} is no safetensors file: it is a .pt", "rename it so that it ends in .pt")
     if TorchVersion(torch.__version__) < SAFE_TORCH:
         message = f"{path} is a .pt, which PyTorch {torch.__version__} cannot open safely"
         raise UnavailableError(message, "install PyTorch 2.10 or newer, or convert the file to safetensors")
     try:
-        with ZipFile(path) as archive:
-            if any(part.compress_type != ZIP_STORED for part in archive.infolist()):
-                raise CheckpointError(f"{path} is compressed: it cannot be mapped into memory", "save it uncompressed")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_archive(path)
+        with warnings.catch_warnings(action="ignore"):  # about rare pickle protocols, in PyTorch's words
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, *UNREADABLE) as error:
-        raise _refusal(path) from error
+        raise _refusal(path, str(error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors", "convert the file")
     members: dict[str, Mapping[Any, Any]] = {str(k): v for k, v in content.items() if isinstance(v, Mapping)}
@@ -181,8 +204,20 @@ def _unpickled(path: Path) -> dict[str, Mapping[Any, Any]]:
     return members
 
 
-def _refusal(path: Path) -> CheckpointError:
+def _check_archive(path: Path) -> None:
+    """Raises CheckpointError for a zip file of which torch.load would make something else than its tensors."""
+    with ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != ZIP_STORED for part in parts):
+        raise CheckpointError(f"{path} is compressed: it cannot be mapped into memory", "save it uncompressed")
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        raise CheckpointError(f"{path} is a TorchScript program, not weights", "get the weights it was made of")
+
+
+def _refusal(path: Path, reason: str) -> HforceError:
     """Why a .pt could not be opened, found without running anything in it: it holds objects, or it is damaged."""
+    if "Cannot allocate memory" in reason:
+        return UnavailableError(f"{path} is larger than this machine's memory", "convert it to safetensors")
     try:
         unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except (pickle.UnpicklingError, *UNREADABLE):

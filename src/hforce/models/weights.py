@@ -38,15 +38,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, dict(metadata or {})
 
 
-def open_safetensors(path: Path) -> Any:
+def open_safetensors(path: Path, framework: str = "pt") -> Any:
     """A safetensors file with its header checked; its tensors are mapped into memory when they are asked for.
 
-    Raises InputError when it is not there, PermissionDenied when it may not be read, CheckpointError when it is
-    damaged or something else.
+    With "pt" the system has to have memory for the whole file, should all of it be written to; with "numpy" not, but
+    that knows no bfloat16. Raises InputError when it is not there, PermissionDenied when it may not be read,
+    CheckpointError when it is damaged or something else.
     """
     start = first_bytes(path)
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         reason = str(error).partition("\n")[0]
         message = f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {reason}"
