@@ -30,7 +30,7 @@ def wrapped(state: State, prefix: str = "model.", inside: str = "") -> dict[str,
 
 
 def diffusers(state: State) -> dict[str, Tensor]:
-    """The names of WanTransformer3DModel (shared/reference.md, 4.4)."""
+    """The names of WanTransformer3DModel."""
     table = [
         (r"^text_embedding\.0", "condition_embedder.text_embedder.linear_1"),
         (r"^text_embedding\.2", "condition_embedder.text_embedder.linear_2"),

@@ -46,8 +46,8 @@ def test_without_the_package_it_is_said_how_to_get_it(name, monkeypatch):
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's own cache with one file of one commit in it, which `main` is."""
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     repo = tmp_path / "cache" / "models--org--name"
     (repo / "snapshots" / COMMIT / "sub").mkdir(parents=True)
     (repo / "snapshots" / COMMIT / "sub" / "w.pt").write_bytes(b"x")

@@ -75,8 +75,8 @@ FAMILIES: tuple[Family, ...] = (  # the first that claims a file has it; the las
         "`model.`", _is_self_forcing, note="trained for 21 latent frames; its 10 s variant cannot be told from it",
     ),
     Family(
-        "self-forcing-style", "any other `generator_ema`, `generator` or `model`; names that begin with `model.`; "
-        "a config.json with a class `Causal...`", "`model.`", _is_student,
+        "self-forcing-style", "any other `generator_ema`, `generator` or `model`; or else names that begin with "
+        "`model.`, or a config.json with a class `Causal...`", "`model.`, or none", _is_student,
         note="which release it is cannot be told: the settings are Self-Forcing's, give those that belong to it",
     ),
     Family("causvid", "", "`model.`", taken_for="self-forcing-style", steps=(1000, 757, 522), warp=False, shift=8.0),
@@ -99,11 +99,12 @@ FAMILIES: tuple[Family, ...] = (  # the first that claims a file has it; the las
         note="an initialisation: give its lora.pt with it",
     ),
     Family(
-        "wan2.1-diffusers", "Diffusers' names", "", lambda facts: facts.is_diffusers,
+        "wan2.1-diffusers", "Diffusers' names", "none", lambda facts: facts.is_diffusers,
         note="the base model streams badly, it needs 50 steps and guidance; a student saved so has the same names",
     ),
     Family(
-        "wan2.1", "the names of the release, bare or after `model.diffusion_model.`", "", lambda facts: True,
+        "wan2.1", "the release's names, in anything else", "none, `diffusion_model.` or `model.diffusion_model.`",
+        lambda facts: True,
         note="the base model streams badly, it needs 50 steps and guidance; a student saved so has the same names",
     ),
 )  # fmt: skip
