@@ -233,6 +233,7 @@ def test_of_several_files_one_has_to_be_named(tmp_path):
     with pytest.raises(InputError, match=r"several weight files in the folder .*a\.pt, b\.pt"):
         open_checkpoint(tmp_path)
     write(weights(), tmp_path / "w.safetensors")
+    (tmp_path / "._w.safetensors").write_bytes(b"what macOS leaves on a disk of others")
     assert open_checkpoint(tmp_path).member == ""
 
 

@@ -125,7 +125,7 @@ def open_weights(path: Path) -> Contents:
         raise CheckpointError(f"{path} has two transformers: it is Wan2.2, not Wan2.1", "get a model of Wan2.1")
     for folder in (path / "transformer", path):
         for pattern in LOOKED_FOR:
-            if found := sorted(folder.glob(pattern)):
+            if found := sorted(file for file in folder.glob(pattern) if not file.name.startswith(".")):
                 return Contents(path, folder, _only(found, path))
     looked = ", ".join(LOOKED_FOR)
     raise InputError(f"no transformer in the folder {path}", f"looked for {looked}, there and in transformer/")

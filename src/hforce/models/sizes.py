@@ -46,7 +46,7 @@ class FolderConfig(BaseModel):
 
     class_name: str = Field("", validation_alias="_class_name")
     dim: int | None = None
-    heads: int | None = Field(None, gt=0, validation_alias=AliasChoices("num_heads", "num_attention_heads"))
+    heads: int | None = Field(None, gt=0, le=1024, validation_alias=AliasChoices("num_heads", "num_attention_heads"))
     layers: int | None = Field(None, validation_alias="num_layers")
     in_channels: int | None = Field(None, validation_alias=AliasChoices("in_dim", "in_channels"))
     out_channels: int | None = Field(None, validation_alias=AliasChoices("out_dim", "out_channels"))
@@ -85,7 +85,7 @@ def sizes_of(state: LazyState, told: FolderConfig, path: Path) -> WanConfig:
         freq_dim=shapes["time_embedding.0.weight"][1], patch=(patch[0], patch[1], patch[2]), eps=told.eps,
     )  # fmt: skip
     _check_told(config, told, path)
-    _check_known(config, state, path)
+    _check_known(config, path)
     return config
 
 
@@ -144,7 +144,7 @@ def _check_told(config: WanConfig, told: FolderConfig, path: Path) -> None:
         raise CheckpointError(message, "do they belong together?")
 
 
-def _check_known(config: WanConfig, state: LazyState, path: Path) -> None:
+def _check_known(config: WanConfig, path: Path) -> None:
     """A width that is known comes with sizes that are known, and text to video takes as many channels as it gives."""
     if config.in_channels != config.out_channels:
         message = f"{path} takes {config.in_channels} channels and gives {config.out_channels}"
