@@ -247,9 +247,9 @@ class Notes:
             elif task:
                 foreign += 1
         if torn:
-            log.warning("%s: %d lines are torn and were left out", self.path, torn)
+            log.warning("%s: torn lines left out: %d", self.path, torn)
         if foreign:
-            log.warning("%s: %d lines of other settings, models or lengths were left out", self.path, foreign)
+            log.warning("%s: lines of other settings, models or lengths left out: %d", self.path, foreign)
         if self.found:
             log.info("%s: %d of %d videos were there already", self.path, len(self.found), len(self._tasks))
 

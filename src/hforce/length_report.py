@@ -172,13 +172,13 @@ def comparisons(setups: Sequence[str]) -> list[tuple[str, str]]:
 
 def table(result: LengthResult) -> Group:
     """A table for every kind of film, of at most 120 columns: a block a measure, in it a row a setup."""
-    return Group(*(_film_table(result, kind) for kind in result.summary), _caption(result))
+    parts = [(Text(_title(result, kind), style="bold"), _film_table(result, kind)) for kind in result.summary]
+    return Group(*(part for pair in parts for part in pair), _caption(result))
 
 
 def _film_table(result: LengthResult, kind: str) -> Table:
     first, last = result.lengths[0], result.lengths[-1]
-    title = Text(_title(result, kind), style="bold")
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     shown.add_column("setup", no_wrap=True)
     for length in result.lengths:
         shown.add_column(f"{length} s", justify="right", no_wrap=True)
