@@ -9,9 +9,24 @@ from torch import Tensor, nn
 
 from hforce.cache.heads import HeadCache
 from hforce.cache.policy import Placement
-from hforce.cache.roles import HeadRole, RoleMap
+from hforce.cache.roles import (
+    Calibration,
+    Fingerprint,
+    HeadRecord,
+    HeadRole,
+    HeadStats,
+    Method,
+    Profile,
+    ProfiledModel,
+    RoleMap,
+    Summary,
+    Thresholds,
+)
 from hforce.geometry import Geometry
 from hforce.models.dit import CausalWan, WanConfig
+from hforce.models.taehv import TaehvConfig
+from hforce.models.tiny import TinyModel
+from hforce.toy.world import SLOTS
 
 ROLES = {role[0].upper(): role for role in HeadRole}
 
@@ -142,3 +157,37 @@ def stored(cache: HeadCache, role: HeadRole, layer: int) -> dict[int, tuple[Tens
                 keys, values = group.keys[layer][rows], group.values[layer][rows]
                 return {index: (keys[:, slot].clone(), values[:, slot].clone()) for index, slot in lane.slot.items()}
     raise KeyError(role)
+
+
+SMALL_ROLES = role_map("AML", "LMM")
+SMALL_DIT = WanConfig(dim=36, ffn_dim=72, layers=2, heads=3, text_dim=32, text_len=len(SLOTS), in_channels=12,
+                      out_channels=12, freq_dim=16)  # fmt: skip
+SMALL_CODEC = TaehvConfig(latent_channels=12, encoder_width=8, decoder_widths=(8, 8, 8, 8), space_down=(1, 2, 1),
+                          space_up=(2, 1, 1), patch=4)  # fmt: skip
+
+
+def small_tiny() -> TinyModel:
+    """A tiny model with random weights, its biases and gates too, so that attention matters to the result."""
+    model, generator = TinyModel(SMALL_DIT, SMALL_CODEC), torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        nn.init.normal_(weight.data, std=0.1 if weight.dim() == 1 else weight[0].numel() ** -0.5, generator=generator)
+    model.codec.decoder[-1].weight.data.mul_(0.02)  # a picture without contrast: the judge is slow on pure noise
+    return model
+
+
+def profile_of(fingerprint: str) -> Profile:
+    """A made-up profile of the small model with this fingerprint."""
+    stats = HeadStats(sink_mass=0.2, middle_mass=0.3, current_mass=0.5, last4_mass=0.6, sd_sink=0, sd_current=0, n=1)
+    heads = tuple(
+        HeadRecord(layer=layer, head=head, role=role, margin=0.1, vote=1.0, stats=stats)
+        for layer, row in enumerate(SMALL_ROLES.roles)
+        for head, role in enumerate(row)
+    )
+    model = ProfiledModel(id="tiny", arch="tiny", num_layers=2, num_heads=3, head_dim=12, tokens_per_frame=16,
+                          frames_per_chunk=3, fingerprint=Fingerprint(value=fingerprint))  # fmt: skip
+    calibration = Calibration(num_prompts=1, prompts_sha256="", prompts=("red",), seeds=(0,), num_frames=21,
+                              size=(64, 64), timesteps=(1000.0,), dtype="float32", device="cpu", attention="sdpa",
+                              mode="native21", policy="full", chunks=(3,), query_stride=1)  # fmt: skip
+    method = Method(threshold="quantile", thresholds=Thresholds(anchor=0.25, local=0.2), sink_frames=1, min_vote=0.0)
+    return Profile(created_at="2026-01-02T03:04:05Z", generator={}, model=model, calibration=calibration, method=method,
+                   heads=heads, summary=Summary(counts=SMALL_ROLES.counts(), split_half_agreement=1.0))  # fmt: skip

@@ -13,71 +13,25 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tests.builders import role_map
-from torch import nn
+from tests.builders import profile_of, small_tiny
 
 from hforce import bench
 from hforce.bench import BenchProgress, Edges, choose_setups, enter, plan_course, race, share_backbones, take_turns
 from hforce.bench_report import DEFINITIONS, KIND, BenchResult, Sample, Trial, choose_reference, make_rows
 from hforce.build import build_backbone, build_script, build_stream
-from hforce.cache.roles import (
-    Calibration,
-    Fingerprint,
-    HeadRecord,
-    HeadStats,
-    Method,
-    Profile,
-    ProfiledModel,
-    Summary,
-    Thresholds,
-    save_profile,
-)
+from hforce.cache.roles import save_profile
 from hforce.config import BenchConfig, CacheConfig, Config, ModelConfig, with_setup
 from hforce.errors import ConfigError, DataError, OutputError, UnavailableError
-from hforce.models.dit import WanConfig
-from hforce.models.taehv import TaehvConfig
-from hforce.models.tiny import TinyModel
 from hforce.prompts import Item, Shot
 from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import drift, read_frames
-from hforce.toy.world import FPS, SLOTS, Scene, render
+from hforce.toy.world import FPS, Scene, render
 from hforce.weigh import tensor_bytes
 
-ROLES = role_map("AML", "LMM")
-DIT = WanConfig(dim=36, ffn_dim=72, layers=2, heads=3, text_dim=32, text_len=len(SLOTS), in_channels=12,
-                out_channels=12, freq_dim=16)  # fmt: skip
-CODEC = TaehvConfig(latent_channels=12, encoder_width=8, decoder_widths=(8, 8, 8, 8), space_down=(1, 2, 1),
-                    space_up=(2, 1, 1), patch=4)  # fmt: skip
 PROMPTS = "a slow red circle, circling, on a blue background\na fast cyan square, circling, on a gray background"
 CPU = torch.device("cpu")
 SETUPS = ["window", "full", "head-forcing"]
 CHUNKS = 5  # of three seconds
-
-
-def random_tiny() -> TinyModel:
-    """A tiny model with random weights, its biases and gates too, so that attention matters to the result."""
-    model, generator = TinyModel(DIT, CODEC), torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        nn.init.normal_(weight.data, std=0.1 if weight.dim() == 1 else weight[0].numel() ** -0.5, generator=generator)
-    model.codec.decoder[-1].weight.data.mul_(0.02)  # a picture without contrast: the judge is slow on pure noise
-    return model
-
-
-def profile_of(fingerprint: str) -> Profile:
-    stats = HeadStats(sink_mass=0.2, middle_mass=0.3, current_mass=0.5, last4_mass=0.6, sd_sink=0, sd_current=0, n=1)
-    heads = tuple(
-        HeadRecord(layer=layer, head=head, role=role, margin=0.1, vote=1.0, stats=stats)
-        for layer, row in enumerate(ROLES.roles)
-        for head, role in enumerate(row)
-    )
-    model = ProfiledModel(id="tiny", arch="tiny", num_layers=2, num_heads=3, head_dim=12, tokens_per_frame=16,
-                          frames_per_chunk=3, fingerprint=Fingerprint(value=fingerprint))  # fmt: skip
-    calibration = Calibration(num_prompts=1, prompts_sha256="", prompts=("red",), seeds=(0,), num_frames=21,
-                              size=(64, 64), timesteps=(1000.0,), dtype="float32", device="cpu", attention="sdpa",
-                              mode="native21", policy="full", chunks=(3,), query_stride=1)  # fmt: skip
-    method = Method(threshold="quantile", thresholds=Thresholds(anchor=0.25, local=0.2), sink_frames=1, min_vote=0.0)
-    return Profile(created_at="2026-01-02T03:04:05Z", generator={}, model=model, calibration=calibration, method=method,
-                   heads=heads, summary=Summary(counts=ROLES.counts(), split_half_agreement=1.0))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Three seconds of two prompts under three setups, on a model with random weights and a made-up profile."""
     folder = tmp_path_factory.mktemp("bench")
     weights, profile, prompts = folder / "tiny.safetensors", folder / "heads.json", folder / "prompts.txt"
-    random_tiny().save(weights)
+    small_tiny().save(weights)
     prompts.write_text(PROMPTS)
     model = ModelConfig(checkpoint=str(weights), device="cpu", dtype="float32")
     save_profile(profile_of(build_backbone(Config(model=model)).fingerprint), profile)

@@ -268,16 +268,16 @@ def enter(setup: str, config: Config, backbone: Backbone, course: Course) -> Ent
     stream = build_stream(config, backbone, course.plan.total, course.seed)
     clock = stream.clock = device_clock(device_of(backbone))
     judged = backbone.name == JUDGED and backbone.size == (PIXELS, PIXELS)
-    edges = Edges(course.plan.frames, find_schedule(course, backbone)) if judged else None
+    edges = Edges(course.plan.frames, find_schedule(course.shots, course.plan, backbone)) if judged else None
     return Entrant(setup, stream, backbone, course, edges, clock)
 
 
-def find_schedule(course: Course, backbone: Backbone) -> list[tuple[int, Prompt]]:
+def find_schedule(shots: Sequence[Shot], plan: Plan, backbone: Backbone) -> list[tuple[int, Prompt]]:
     """The video frame with which every shot begins, and the words that the tiny model reads in its prompt."""
     stride, chunk = backbone.codec.stride, backbone.geometry.chunk
-    latents = [chunk * sum(course.plan.chunks[:number]) for number in range(len(course.shots))]
+    latents = [chunk * sum(plan.chunks[:number]) for number in range(len(shots))]
     begins = [stride * (latent - 1) + 1 if latent else 0 for latent in latents]  # the first latent is one video frame
-    words = [parse(backbone.encode_text.reads(shot.prompt)).words for shot in course.shots]
+    words = [parse(backbone.encode_text.reads(shot.prompt)).words for shot in shots]
     return list(zip(begins, words, strict=True))
 
 

@@ -56,9 +56,14 @@ def set_threads(wanted: int) -> None:
     The video encoder works beside the model and takes a core of its own; where it shares one, all threads wait for the
     one that is held up (docs/results.md has the times).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     if wanted or torch.get_num_threads() >= cores:
         torch.set_num_threads(wanted or max(1, cores - 1))
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | None = None) -> Stream:

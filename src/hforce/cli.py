@@ -202,6 +202,7 @@ def bench(
     ] = "",
     duration: DurationOption = "",
     seed: SeedOption = None,
+    suite: Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")] = "",
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: PlotOption = None,
     model: ModelOption = "",
@@ -216,18 +217,21 @@ def bench(
     named = [s.strip() for s in setups.split(",") if s.strip()]
     flags: Flags = {"--setups": ("bench.setups", named), "--prompt-file": ("bench.prompts", prompt_file)}
     flags |= {"--duration": ("bench.seconds", _seconds(duration)), "--seed": ("bench.seed", seed)}
+    flags |= {"--suite": ("bench.suite", suite)}
     settings = _load(model, size, config, set_, flags)
-    from hforce import bench as verb
+    from hforce import bench as speed
+    from hforce import length
     from hforce.documents import write_document
     from hforce.progress import CountProgress, show_table
     from hforce.video import check_place
 
+    verb, notes = (length, [json_file]) if settings.bench.suite else (speed, [])
     for path in filter(None, (json_file, plot)):
         check_place(path)
     if plot is not None:
         verb.check_plot(plot)
     with _blame(config), CountProgress("benchmark", _is_quiet(context)) as progress:
-        result = verb.run(settings, progress.update)
+        result = verb.run(settings, progress.update, *notes)
     show_table(verb.table(result))
     if json_file is not None:
         write_document(json_file, verb.to_json(result))

@@ -103,6 +103,9 @@ class BenchConfig:
     seconds: float = 60.0
     seed: int = 0
     warmup: int = 2  # chunks that are not timed
+    suite: str = ""  # a named experiment instead, with defaults of its own: see SUITES
+    videos: int = 64  # that a suite makes under every setup
+    workers: int = 0  # processes that a suite is spread over; 0: as many as there are cores
 
 
 @dataclass
@@ -132,6 +135,12 @@ SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "window": _uniform("window"),
     "full": _uniform("full"),
 })
+
+# Named experiments of `hforce bench`: what each changes in BenchConfig.
+SUITES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "tiny-length": MappingProxyType({"setups": list(SETUPS), "seconds": 120.0}),
+})
+_BUNDLES = (("cache", "setup", SETUPS), ("bench", "suite", SUITES))
 
 
 @dataclass(frozen=True)
@@ -177,11 +186,15 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "bench.seconds": seconds,
     "bench.seed": _SEED,
     "bench.warmup": within(0, 1000, " chunks"),
+    "bench.suite": one_of("", *SUITES),
+    "bench.videos": within(2, 1000, " videos"),
+    "bench.workers": within(0, 1024, " processes"),
 })
 
 
 def load_config(preset: str = "tiny", files: Iterable[Path | str] = (), overrides: Iterable[str] = ()) -> Config:
-    """Defaults, changed by the preset, then by the setup it or the user names, then by `files`, then by `overrides`.
+    """Defaults, changed by the preset, then by the setup and the suite named in it or after it, then by `files`, then
+    by `overrides`.
 
     `overrides` are texts "section.key=value" from the command line. All faults are reported together, each with its
     file and line: UsageError when all of them come from the command line, else ConfigError; InputError for a file
@@ -192,9 +205,10 @@ def load_config(preset: str = "tiny", files: Iterable[Path | str] = (), override
     given += [setting for text in overrides for setting in _override_settings(text)]
     tree = OmegaConf.structured(Config)
     faults = [fault for setting in packaged if (fault := _apply(tree, setting))]
-    named = [setting.value for setting in (*packaged, *given) if setting.path == "cache.setup"]
-    for key, value in SETUPS.get(str(named[-1]), {}).items() if named else ():
-        tree.cache[key] = value
+    for section, chooser, bundles in _BUNDLES:
+        named = [setting.value for setting in (*packaged, *given) if setting.path == f"{section}.{chooser}"]
+        for key, value in bundles.get(str(named[-1]), {}).items() if named else ():
+            tree[section][key] = value
     faults += [fault for setting in given if (fault := _apply(tree, setting))]
     faults += _broken_references(tree, (*packaged, *given))
     _report(faults)

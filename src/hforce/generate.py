@@ -221,7 +221,7 @@ def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
         return False
     if on_exists == "skip" and job.target.sidecar.exists():
         found, result = _read_sidecar(job.target.sidecar)
-        if found == json.loads(json.dumps(wanted)) and result.get("sha256") == _digest(job.target.video):
+        if found == json.loads(json.dumps(wanted)) and result.get("sha256") == file_digest(job.target.video):
             return True
     raise OutputError(
         f"{job.target.video} exists and was not made by this very command",
@@ -232,7 +232,7 @@ def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
 def _write_record(sink: FfmpegSink, recipe: dict[str, Any], outcome: dict[str, Any], path: Path) -> None:
     """Writes the sidecar of a finished video; where that fails, the video goes back to where unfinished ones lie."""
     try:
-        result = {**outcome, "sha256": _digest(sink.path)}
+        result = {**outcome, "sha256": file_digest(sink.path)}
         write_document(path, json.dumps({**recipe, "result": result}, indent=1) + "\n")
     except HforceError as error:
         os.replace(sink.path, sink.part)  # without its record nobody could tell what it shows
@@ -255,7 +255,8 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

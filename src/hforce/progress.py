@@ -8,9 +8,8 @@ from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     from hforce import generate
@@ -113,8 +112,8 @@ class CountProgress(_Display):
         self._show(self._name, progress.done, progress.total, progress.label)
 
 
-def show_table(table: Table) -> None:
-    """A table on standard output, at least 120 columns wide where nobody set a width."""
+def show_table(table: RenderableType) -> None:
+    """A table, or several, on standard output, at least 120 columns wide where nobody set a width."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
