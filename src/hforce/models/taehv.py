@@ -165,3 +165,32 @@ class TAEHV(nn.Module):
         return F.pixel_shuffle(raw, self.config.patch), remembered
 
 
+class TaehvCodec:
+    """A TAEHV between video and the transformer's latents, which are its own less a mean and divided by a deviation."""
+
+    def __init__(self, net: TAEHV, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
+        self.net, self.mean, self.std = net, mean, std
+        self.stride = net.config.stride
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""
+        return (self.net.encode_clip(video) - self.mean) / self.std
+
+    def decoder(self) -> TaehvDecoder:
+        """A decoder for a new video."""
+        return TaehvDecoder(self)
+
+
+class TaehvDecoder:
+    """Decodes one video, chunk by chunk."""
+
+    def __init__(self, codec: TaehvCodec) -> None:
+        self._codec = codec
+        self._memory: Memory | None = None
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
+        raw = latents.float() * self._codec.std + self._codec.mean
+        video, self._memory = self._codec.net.decode_stream(raw, self._memory)
+        return video[0]
