@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,9 @@ class WordEncoder:
         words = self._understand(prompt)
         index = torch.tensor([[WORD_INDEX[slot, words[slot]] for slot in SLOTS]], device=self.words.weight.device)
         return self.words(index)
+
+    def encode_all(self, prompts: Iterable[str]) -> None:
+        """Nothing to do ahead: words are looked up at once, and what cannot be read concerns its own video alone."""
 
     def reads(self, prompt: str) -> str:
         """The complete sentence that is looked up."""
