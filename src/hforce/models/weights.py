@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,40 +17,60 @@ from hforce.models.dit import CausalWan
 
 SHOWN = 5  # names listed in a message
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+ZIPPED, PICKLED = b"PK\x03\x04", b"\x80"  # what torch.save begins its files with, now and before PyTorch 1.6
 IMPOSTORS = {  # first bytes of what is often found under the name of weights -> what to do about it
     b"version https://git-lfs": "it only points to the weights: fetch them with git lfs pull",
-    b"PK\x03\x04": "it is a pickle (.pt): convert it to safetensors",
-    b"\x80\x02\x8a": "it is a pickle (.pt): convert it to safetensors",
     b"<": "it is a web page: download the file itself",
+    b"{": "it is JSON text, perhaps what a server answered: download the file itself",
+    b"GGUF": "it is a GGUF file of quantised weights: get the safetensors of the same model",
 }
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
-    Raises InputError when it is not there, PermissionDenied when it may not be read, CheckpointError when it is
-    damaged, something else, or holds numbers other than floats.
+    Raises what `open_safetensors` raises, and CheckpointError when it holds numbers other than floats.
     """
-    if not path.is_file():
-        raise InputError(f"there is no weight file {path}", "check the path")
-    try:
-        with path.open("rb") as opened:
-            start = opened.read(64)
-        with safe_open(path, framework="pt") as file:
-            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    except PermissionError as error:
-        raise PermissionDenied(f"may not read {path}", "check who owns the file") from error
-    except (SafetensorError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        message = f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {reason}"
-        raise CheckpointError(message, _way_out(start)) from error
+    file = open_safetensors(path)
+    state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     if odd := next((name for name, value in state.items() if value.dtype not in FLOATS), None):
         raise CheckpointError(f"{path}: tensor {odd} is {state[odd].dtype}", "convert it to float16 or float32")
     return state, dict(metadata or {})
 
 
-def _way_out(start: bytes) -> str:
-    """What to do about a file that begins like this and is no safetensors file."""
+def open_safetensors(path: Path, framework: str = "pt") -> Any:
+    """A safetensors file with its header checked; its tensors are mapped into memory when they are asked for.
+
+    With "pt" the system has to have memory for the whole file, should all of it be written to; with "numpy" not, but
+    that knows no bfloat16. Raises InputError when it is not there, PermissionDenied when it may not be read,
+    CheckpointError when it is damaged or something else.
+    """
+    start = first_bytes(path)
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        message = f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {reason}"
+        pickled = start.startswith((ZIPPED, PICKLED))
+        mend = "it is a pickle (.pt): convert it to safetensors" if pickled else way_out(start)
+        raise CheckpointError(message, mend) from error
+
+
+def first_bytes(path: Path) -> bytes:
+    """At most 64 bytes, enough to know a file by. Raises InputError or PermissionDenied."""
+    if not path.is_file():
+        raise InputError(f"there is no weight file {path}", "check the path")
+    try:
+        with path.open("rb") as opened:
+            return opened.read(64)
+    except PermissionError as error:
+        raise PermissionDenied(f"may not read {path}", "check who owns the file") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+
+
+def way_out(start: bytes) -> str:
+    """What to do about a file that begins like this and holds no weights."""
     found = (mend for mark, mend in IMPOSTORS.items() if start.startswith(mark))
     return next(found, "it was probably cut short: copy or download it again")
 
@@ -75,13 +97,20 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
 
 
 def fingerprint(model: CausalWan) -> str:
+    """The `fingerprint_of` a model's weights. Take it before heads are reordered."""
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over the self-attention query and key weights in layer order, as bfloat16 ("qk-sha256-v1").
 
-    It is the same for every file format and precision of the same weights. Take it before heads are reordered.
+    `state` has the names of the release. The result is the same for every file format of the same weights, and for
+    every precision that bfloat16 can be rounded from.
     """
     digest = hashlib.sha256()
-    for block in model.blocks:
-        for linear in (block.self_attn.q, block.self_attn.k):
-            weight = linear.weight.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
-            digest.update(weight.view(torch.uint8).numpy().tobytes())
+    for layer in takewhile(lambda layer: f"blocks.{layer}.self_attn.q.weight" in state, count()):
+        for part in ("q", "k"):
+            weight = state[f"blocks.{layer}.self_attn.{part}.weight"].detach()
+            plain = weight.to(device="cpu", dtype=torch.bfloat16).contiguous()
+            digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()

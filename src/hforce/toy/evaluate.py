@@ -1,6 +1,9 @@
-"""How good the tiny model is inside its trained five seconds: a table, its training curves, and contact sheets.
+"""How good the tiny model is inside its trained five seconds: tables, its training curves, and contact sheets.
 
     python -m hforce.toy.evaluate --out docs/tiny-model
+
+Two kinds of films, of held-out scenes: a single scene, and one that leaves its first scene and returns to it. What no
+prompt says is judged in the last second, against when the scene was first seen.
 """
 
 from __future__ import annotations
@@ -21,29 +24,45 @@ from hforce.config import Config, load_config
 from hforce.generate import decoded, to_bytes
 from hforce.models.base import Backbone
 from hforce.prompts import Shot
+from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import Scores, read_frames, score
-from hforce.toy.world import FPS, Scene, render, sentence
+from hforce.toy.world import FPS, Scene, sentence
 from hforce.video import contact_sheet
 
 log = logging.getLogger(__name__)
 
-SECONDS = 81 / FPS
-PROMPT_SEED = 20_000_000  # prompts are drawn from this seed; training draws its clips from seeds 0 and 1 000 000
+FRAMES = 81
+PROMPT_SEED = 20_000_000  # scenes are drawn from this seed; training draws its clips from seeds 0 and 1 000 000
+BACK_BY = 57  # video frame by which a returning film is back in a scene it left, so that its last second is all in it
 SHOWN = ("color_right", "shape_right", "ground_right", "pattern_right", "one_object", "motion_right", "mark_kept",
-         "hue_kept", "size_kept", "ghosts", "residual")  # fmt: skip
+         "hue_kept", "size_kept", "tint_kept", "landmark_kept", "residual")  # fmt: skip
 
 Video = NDArray[np.uint8]
 
 
-def fresh_scenes(count: int) -> list[Scene]:
-    """Scenes with combinations of words that training never shows."""
-    return [Scene.sample(np.random.default_rng((PROMPT_SEED, i)), held_out=True) for i in range(count)]
+def single_films(count: int) -> list[Film]:
+    """Films of one held-out scene each."""
+    draws = (np.random.default_rng((PROMPT_SEED, i)) for i in range(count))
+    return [Film((Cut(0, Scene.sample(rng, held_out=True)),)) for rng in draws]
 
 
-def film(config: Config, backbone: Backbone, prompt: str, seed: int, seconds: float) -> Video:
-    """The video of a prompt, uint8 [T, H, W, 3]."""
-    shots = [Shot(prompt, seconds)]
-    plan = build_plan(shots, seconds, config.video.fps, backbone)
+def returning_films(count: int) -> list[Film]:
+    """Films of held-out scenes that end in one they have left before."""
+    found: list[Film] = []
+    number = 0
+    while len(found) < count:
+        film = Film.sample(np.random.default_rng((PROMPT_SEED, 1, number)), FRAMES, held_out=True)
+        *before, last = film.cuts
+        if last.frame <= BACK_BY and any(cut.scene == last.scene for cut in before):
+            found.append(film)
+        number += 1
+    return found
+
+
+def generate(config: Config, backbone: Backbone, film: Film, seed: int) -> Video:
+    """What the model makes of the prompts of a film: uint8 [T, H, W, 3]."""
+    shots = [Shot(sentence(p.scene.words), (p.end - p.begin) / FPS) for p in film.segments(FRAMES)]
+    plan = build_plan(shots, FRAMES / FPS, config.video.fps, backbone)
     stream = build_stream(config, backbone, plan.total, seed)
     script = build_script(shots, plan, backbone)
     return np.concatenate([frames for _, frames, _ in decoded(stream, script, backbone)])
@@ -56,17 +75,18 @@ def through_codec(backbone: Backbone, video: Video) -> Video:
         return to_bytes(backbone.codec.decoder()(backbone.codec.encode(tensor)))
 
 
-def judge(scenes: Sequence[Scene], make: Callable[[int, Scene], Video]) -> tuple[dict[str, list[float]], list[Video]]:
-    """Scores of every scene's video, each a mean over its seconds, and the videos."""
+def judge(films: Sequence[Film], make: Callable[[int, Film], Video]) -> tuple[dict[str, list[float]], list[Video]]:
+    """Scores of every film's video, a mean over its seconds or, of what must be kept, its last; and the videos."""
     table: dict[str, list[float]] = {field.name: [] for field in fields(Scores)}
     videos = []
-    for number, scene in enumerate(scenes):
-        videos.append(make(number, scene))
-        scores = score(read_frames(videos[-1]), scene)
+    for number, film in enumerate(films):
+        videos.append(make(number, film))
+        scores = score(read_frames(videos[-1]), film.cuts)
         for name, values in table.items():
-            known = getattr(scores, name)[np.isfinite(getattr(scores, name))]
+            seconds = getattr(scores, name)
+            known = seconds[np.isfinite(seconds)][-1 if name.endswith("_kept") else None :]
             values.append(float(known.mean()) if len(known) else np.nan)
-        log.info("%d of %d: %s", number + 1, len(scenes), sentence(scene.words))
+        log.info("%d of %d: %s", number + 1, len(films), sentence(film.cuts[0].scene.words))
     return table, videos
 
 
@@ -134,20 +154,20 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     config = load_config(overrides=options.overrides)
     backbone = build_backbone(config)
-    scenes = fresh_scenes(options.videos)
-    makers: dict[str, Callable[[int, Scene], Video]] = {
-        "truth": lambda _, scene: render(scene, 81),
-        "truth through the codec": lambda _, scene: through_codec(backbone, render(scene, 81)),
-        "tiny model, from text": lambda i, scene: film(config, backbone, sentence(scene.words), i, SECONDS),
+    makers: dict[str, Callable[[int, Film], Video]] = {
+        "truth": lambda _, film: render_film(film, FRAMES),
+        "truth through the codec": lambda _, film: through_codec(backbone, render_film(film, FRAMES)),
+        "tiny model, from text": lambda i, film: generate(config, backbone, film, i),
     }
-    results = {name: judge(scenes, make) for name, make in makers.items()}
-    tables = {name: table for name, (table, _) in results.items()}
-    (options.out / "table.md").write_text(markdown(tables))
-    (options.out / "scores.json").write_text(json.dumps(tables, indent=1))
-    sheet(results["tiny model, from text"][1][:12], options.out / "five-seconds.png")
+    for kind, films in {"single": single_films, "returning": returning_films}.items():
+        results = {name: judge(films(options.videos), make) for name, make in makers.items()}
+        tables = {name: table for name, (table, _) in results.items()}
+        (options.out / f"{kind}.md").write_text(markdown(tables))
+        (options.out / f"{kind}.json").write_text(json.dumps(tables, indent=1))
+        sheet(results["tiny model, from text"][1][:12], options.out / f"{kind}.png")
+        log.info("%s", markdown(tables))
     if options.log.exists():
         plot_curves(options.log, options.out / "curves.png")
-    log.info("%s", (options.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Recipe:
     clips: int = 6000
     steps: int = 1400
     parts: int = 4  # of every batch, each worked on by one thread: faster than many threads inside an operation
-    batch: int = 8
+    batch: int = 12
     views: int = 2  # noisy copies of every clip, beside one clean
     first_batch: int = 32  # first chunks on their own, extra in every step: they are the hardest
     lr: float = 2e-3
