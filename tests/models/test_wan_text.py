@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.builders import close
-from torch import Tensor, nn
+from torch import Tensor
 
 from hforce.errors import CheckpointError, DataError, InputError
 from hforce.models import wan_text
@@ -24,55 +24,23 @@ from hforce.models.wan_text import WanText, clean, embed, file_fingerprint, load
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tests.wanparts import random_text_encoder, released_text, write_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "umt5_tiny.safetensors"
 LENGTH, WIDTH = 24, 32
 PROMPT = "a small red fox runs"
-WORDS = ["▁", *"abcdefghijklmnopqrstuvwxyz&<>'.é", "▁a", "▁red", "▁fox", "ing", "▁the"]
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny release: the encoder in every format, and a tokenizer made like umT5's, without its size."""
+    """A tiny release: the encoder in every format, and a tokenizer."""
     folder = tmp_path_factory.mktemp("release")
-    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((word, -float(i)) for i, word in enumerate(WORDS))]
-    made = Tokenizer(models.Unigram(tokens, unk_id=2))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    (folder / "tokenizer").mkdir()
-    made.save(str(folder / "tokenizer" / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "right"}))
-    config = transformers.UMT5Config(
-        vocab_size=len(tokens), d_model=WIDTH, d_kv=6, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0
-    )
-    encoder, generator = transformers.UMT5EncoderModel(config), torch.Generator().manual_seed(0)
-    for name, weight in encoder.named_parameters():
-        spread = 0.5 if weight.dim() == 1 or "shared" in name or "bias" in name else weight[0].numel() ** -0.5
-        nn.init.normal_(weight, std=spread, generator=generator)
+    write_tokenizer(folder / "tokenizer")
+    encoder = random_text_encoder(WIDTH)
     encoder.save_pretrained(folder / "text_encoder")
     encoder.save_pretrained(folder / "sharded", max_shard_size="20KB")
-    torch.save(with_released_names(encoder), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(released_text(encoder), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     return folder
-
-
-def with_released_names(encoder: nn.Module) -> dict[str, Tensor]:
-    """As in models_t5_umt5-xxl-enc-bf16.pth (reference, 5.3)."""
-    state, released = encoder.state_dict(), {}
-    released["token_embedding.weight"] = state["shared.weight"]
-    released["norm.weight"] = state["encoder.final_layer_norm.weight"]
-    for layer in range(2):
-        old, new = f"encoder.block.{layer}.layer", f"blocks.{layer}"
-        for part in "qkvo":
-            released[f"{new}.attn.{part}.weight"] = state[f"{old}.0.SelfAttention.{part}.weight"]
-        bias = state[f"{old}.0.SelfAttention.relative_attention_bias.weight"]
-        released[f"{new}.pos_embedding.embedding.weight"] = bias
-        for number in (0, 1):
-            released[f"{new}.norm{number + 1}.weight"] = state[f"{old}.{number}.layer_norm.weight"]
-        for theirs, ours in (("gate.0", "wi_0"), ("fc1", "wi_1"), ("fc2", "wo")):
-            released[f"{new}.ffn.{theirs}.weight"] = state[f"{old}.1.DenseReluDense.{ours}.weight"]
-    return released
 
 
 def files_of(release: Path) -> dict[str, Path]:

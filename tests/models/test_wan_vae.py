@@ -8,69 +8,27 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.builders import close, draw
-from torch import Tensor, nn
+from torch import Tensor
 
 from hforce.errors import CheckpointError, DataError
 from hforce.models.wan_vae import MEAN, STD, WanCodec, load_wan_codec
 
 pytest.importorskip("diffusers")
 from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from tests.wanparts import random_vae, released_vae
 
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLWan:
-    """diffusers' own, narrow, with random weights in which nothing is zero or one."""
-    net, generator = AutoencoderKLWan(base_dim=8), torch.Generator().manual_seed(0)
-    for name, weight in net.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
-        else:
-            spread = 0.1 if weight.dim() == 1 else 0.9 * weight[0].numel() ** -0.5
-            nn.init.normal_(weight, std=spread, generator=generator)
-    return net.eval().requires_grad_(False)
-
-
-def released_names() -> list[str]:
-    """The 194 names in Wan2.1_VAE.pth (reference, 5.1)."""
-
-    def residual(block: str, shortcut: bool = False) -> list[str]:
-        convs = ["residual.2", "residual.6", *(["shortcut"] if shortcut else [])]
-        norms = [f"{block}.residual.{i}.gamma" for i in (0, 3)]
-        return norms + [f"{block}.{conv}.{part}" for conv in convs for part in ("weight", "bias")]
-
-    def convolution(*names: str) -> list[str]:
-        return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
-
-    names = convolution("conv1", "conv2")
-    for side in ("encoder", "decoder"):
-        middle = f"{side}.middle"
-        names += convolution(f"{side}.conv1", f"{side}.head.2") + [f"{side}.head.0.gamma", f"{middle}.1.norm.gamma"]
-        names += residual(f"{middle}.0") + residual(f"{middle}.2")
-        names += convolution(f"{middle}.1.to_qkv", f"{middle}.1.proj")
-    for i in (0, 1, 3, 4, 6, 7, 9, 10):
-        names += residual(f"encoder.downsamples.{i}", shortcut=i in (3, 6))
-    for i in (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14):
-        names += residual(f"decoder.upsamples.{i}", shortcut=i == 4)
-    names += convolution(*(f"encoder.downsamples.{i}.resample.1" for i in (2, 5, 8)))
-    names += convolution(*(f"encoder.downsamples.{i}.time_conv" for i in (5, 8)))
-    names += convolution(*(f"decoder.upsamples.{i}.resample.1" for i in (3, 7, 11)))
-    return names + convolution(*(f"decoder.upsamples.{i}.time_conv" for i in (3, 7)))
-
-
-def with_released_names(net: AutoencoderKLWan) -> dict[str, Tensor]:
-    new = convert_wan_vae_to_diffusers({name: name for name in released_names()})
-    state = net.state_dict()
-    assert len(new) == len(state) == 194
-    return {old: state[name] for name, old in new.items()}
+    return random_vae()
 
 
 @pytest.fixture(scope="module")
 def files(vae: AutoencoderKLWan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder / "vae")
-    torch.save(with_released_names(vae), folder / "Wan2.1_VAE.pth")
-    save_file(with_released_names(vae), folder / "Wan2.1_VAE.safetensors")
+    torch.save(released_vae(vae), folder / "Wan2.1_VAE.pth")
+    save_file(released_vae(vae), folder / "Wan2.1_VAE.safetensors")
     return {
         "folder": folder / "vae" / "diffusion_pytorch_model.safetensors",
         "pth": folder / "Wan2.1_VAE.pth",

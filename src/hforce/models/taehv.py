@@ -14,6 +14,7 @@ from hforce.errors import CheckpointError
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import load_strictly
 
+TAEHV_MARK = "encoder.0.weight"  # a tensor that other autoencoders do not have
 WIDENED = (1, 8, 14, 20)  # layers of the decoder that set its widths
 Memory = list[Tensor]
 """What a streamed pass remembers: for every MemBlock the last frame it was given, [B, C, h, w]."""
@@ -220,14 +221,14 @@ def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu
     """
     state = {name: value.to(dtype) for name, value in read_weights(path).items()}
     names = [f"decoder.{layer}.weight" for layer in WIDENED]
-    if missing := [name for name in ("encoder.0.weight", *names) if name not in state]:
+    if missing := [name for name in (TAEHV_MARK, *names) if name not in state]:
         raise CheckpointError(f"{path} holds no TAEHV: it has no tensor {missing[0]}", "download taew2_1 again")
     first, second, third, last = (len(state[name]) for name in names)
     expected, channels = TaehvConfig(), state[names[0]].shape[1]
     if channels != expected.latent_channels:
         message = f"the latents of {path} have {channels} channels, those of Wan2.1 have {expected.latent_channels}"
         raise CheckpointError(message, "use taew2_1")
-    net = TAEHV(TaehvConfig(channels, len(state["encoder.0.weight"]), (first, second, third, last)))
+    net = TAEHV(TaehvConfig(channels, len(state[TAEHV_MARK]), (first, second, third, last)))
     load_strictly(net, _trim(net, state), str(path))
     return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
 

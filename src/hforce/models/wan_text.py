@@ -21,7 +21,7 @@ from hforce.documents import read_document
 from hforce.errors import CheckpointError, DataError, InputError
 from hforce.extras import optional
 from hforce.models.text_store import EmbeddingStore
-from hforce.models.wan_files import read_weights
+from hforce.models.wan_files import INDEX, read_weights
 from hforce.models.weights import load_strictly
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def file_fingerprint(path: Path) -> str:
     It takes milliseconds where reading all of an 11 GB file takes most of a minute. Raises InputError.
     """
     digest = hashlib.sha256()
-    files = sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else [path]
+    files = sorted(path.parent.glob("*.safetensors")) if path.name.endswith(INDEX) else [path]
     try:
         for file in files:
             size = file.stat().st_size
