@@ -23,7 +23,7 @@ from hforce.build import build_backbone, build_plan, build_script, build_stream
 from hforce.config import SETUPS, Config, load_config
 from hforce.errors import DataError, HforceError, OutputError, WriteError
 from hforce.generate import Progress, Result, Sheet, choose_targets, decoded
-from hforce.models.tiny import WORD_INDEX
+from hforce.models.tiny import WORD_INDEX, WordEncoder
 from hforce.models.weights import read_safetensors
 from hforce.prompts import Item, Shot, load_prompts
 
@@ -183,6 +183,15 @@ def test_a_prompt_that_says_nothing_stops_all_before_any_is_begun(settings, tmp_
         make(settings(), tmp_path, CIRCLE, "xyzzy")
     assert "shape: circle, square, triangle" in str(caught.value)
     assert not list((tmp_path / "videos").iterdir())
+
+
+def test_prompts_of_all_videos_are_encoded_before_the_first_is_made(settings, tmp_path, monkeypatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(WordEncoder, "encode_all", lambda _, prompts: asked.append(list(prompts)))
+    make(settings(), tmp_path, CIRCLE, SQUARE)
+    assert asked == [[CIRCLE, SQUARE], [CIRCLE], [SQUARE]]
+    make(settings(), tmp_path, CIRCLE, SQUARE, on_exists="skip")
+    assert asked[3:] == [[]]
 
 
 # Sidecar and contact sheet

@@ -169,6 +169,7 @@ def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbo
 
 def build_script(shots: Sequence[Shot], plan: Plan, backbone: Backbone) -> list[Take]:
     """The shots as the stream plays them, their prompts encoded."""
+    backbone.encode_text.encode_all(shot.prompt for shot in shots)
     return [Take(backbone.encode_text(shot.prompt), n) for shot, n in zip(shots, plan.chunks, strict=True)]
 
 

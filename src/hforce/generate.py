@@ -88,7 +88,9 @@ def run(
     jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
     done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
-    for job in (job for job, is_there in zip(jobs, done, strict=True) if not is_there):
+    wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
+    backbone.encode_text.encode_all(shot.prompt for job in wanted for shot in job.shots)
+    for job in wanted:
         try:
             make(config, backbone, job, tell)
             result.made.append(job.target)

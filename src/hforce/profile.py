@@ -151,7 +151,9 @@ def measure_all(
     config: Config, backbone: Backbone, rollouts: Sequence[RollOut], tell: Callable[[ProfileProgress], None]
 ) -> list[Sample]:
     """Makes all roll-outs, one after the other. Prompts are encoded before the first, so that faults come early."""
-    texts = {prompt: backbone.encode_text(prompt) for prompt in dict.fromkeys(r.prompt for r in rollouts)}
+    prompts = list(dict.fromkeys(rollout.prompt for rollout in rollouts))
+    backbone.encode_text.encode_all(prompts)
+    texts = {prompt: backbone.encode_text(prompt) for prompt in prompts}
     total, begun, samples = sum(rollout.length for rollout in rollouts), 0, []
     for rollout in rollouts:
         start = ProfileProgress(begun, total, rollout)

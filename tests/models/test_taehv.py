@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tests import builders
 from tests.builders import close
 from torch import Tensor
 
-from hforce.models.taehv import TAEHV, Bound, MemBlock, Memory, TaehvConfig, TGrow, TPool
+from hforce.errors import CheckpointError
+from hforce.models.taehv import TAEHV, Bound, MemBlock, Memory, TaehvConfig, TGrow, TPool, load_taew
 from hforce.models.tiny import CODEC
 
+RECORDED = load_file(Path(__file__).parent.parent / "data" / "golden" / "taehv_tiny.safetensors")
+RELEASED = {name.removeprefix("w."): value for name, value in RECORDED.items() if name.startswith("w.")}
 CONFIGS = {
     "wan": TaehvConfig(4, 6, (8, 6, 6, 4)),
     "folded": TaehvConfig(4, 6, (8, 6, 6, 4), space_down=(1, 2, 1), space_up=(2, 1, 1), patch=2),
@@ -142,3 +147,53 @@ def test_growing_and_pooling_keep_the_order_of_frames() -> None:
 
 def test_latents_are_bounded_softly_by_three() -> None:
     close(Bound()(torch.tensor([0.0, 0.01, 1e6, -1e6])), torch.tensor([0.0, 0.01, 3.0, -3.0]), 1e-6)
+
+
+# Files
+
+
+def saved(path: Path, state: dict[str, Tensor]) -> Path:
+    if path.suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["taew2_1.pth", "taew2_1.safetensors"])
+def test_a_released_file_gives_the_recorded_pictures(tmp_path, name):
+    codec = load_taew(saved(tmp_path / name, RELEASED))
+    assert codec.stride == 4
+    latents, decoder = RECORDED["in.latents"][:1], codec.decoder()
+    parts = [decoder(part) for part in latents.split([3, 2], dim=1)]
+    assert [len(part) for part in parts] == [9, 8]
+    close(torch.cat(parts), RECORDED["out.video"][0], 1e-4)
+    video = RECORDED["in.video"]
+    expected = codec.net.encode(torch.cat([video[:, :1].repeat(1, 3, 1, 1, 1), video], dim=1))
+    close(codec.encode(video), expected)
+
+
+def test_of_kernels_that_grow_too_many_frames_the_last_are_kept(tmp_path):
+    name = "decoder.7.conv.weight"
+    large = torch.cat([torch.full_like(RELEASED[name], 9.0), RELEASED[name]])
+    codec = load_taew(saved(tmp_path / "old.pth", {**RELEASED, name: large}))
+    close(codec.net.state_dict()[name], RELEASED[name], 0)
+
+
+def test_half_precision_is_near_float32(tmp_path):
+    codec = load_taew(saved(tmp_path / "t.safetensors", RELEASED), torch.bfloat16)
+    frames = codec.decoder()(RECORDED["in.latents"][:1])
+    assert frames.dtype == codec.encode(RECORDED["in.video"]).dtype == torch.float32
+    assert float((frames - RECORDED["out.video"][0]).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"decoder.22.bias": None}, r"1 missing \(decoder.22.bias\)"),
+    ({"decoder.1.weight": None}, "holds no TAEHV"),
+    ({"decoder.1.weight": torch.zeros(12, 48, 3, 3)}, "48 channels"),
+    ({"decoder.23.bias": torch.zeros(3)}, r"1 unexpected \(decoder.23.bias\)"),
+])  # fmt: skip
+def test_other_files_are_refused(tmp_path, change, told):
+    state = {name: value for name, value in {**RELEASED, **change}.items() if value is not None}
+    with pytest.raises(CheckpointError, match=told):
+        load_taew(saved(tmp_path / "t.pth", state))

@@ -13,7 +13,8 @@ from tests.builders import close, draw
 from hforce.cache.roles import load_profile
 from hforce.errors import CheckpointError, ConfigError, DataError, InputError, UnavailableError
 from hforce.models.registry import MODELS, find_device, load_backbone
-from hforce.models.tiny import EXAMPLE, PACKAGED, VOCABULARY, WORD_INDEX, TinyCodec, TinyModel, WordEncoder, load_tiny
+from hforce.models.taehv import TaehvCodec
+from hforce.models.tiny import EXAMPLE, PACKAGED, VOCABULARY, WORD_INDEX, TinyModel, WordEncoder, load_tiny
 from hforce.models.weights import fingerprint, read_safetensors
 from hforce.resources import resource
 from hforce.toy.world import SLOTS, parse, sentence, vocabulary
@@ -121,19 +122,19 @@ def test_a_prompt_without_a_known_word_is_refused_with_an_example(random_tiny, p
 
 def test_latents_are_normalised_on_the_way_in_and_back_on_the_way_out(weights):
     tiny = TinyModel.load(weights)
-    plain = TinyCodec(tiny)
+    plain = TaehvCodec(tiny.codec, tiny.latent_mean.clone(), tiny.latent_std.clone())
     video, latents = draw(1, 9, 3, 64, 64).sigmoid(), draw(1, 3, 12, 8, 8)
     raw, frames = plain.encode(video), plain.decoder()(latents)
     tiny.latent_mean += 2
     tiny.latent_std *= 4
-    codec = TinyCodec(tiny)
+    codec = TaehvCodec(tiny.codec, tiny.latent_mean, tiny.latent_std)
     close(codec.encode(video), (raw - 2) / 4)
     close(codec.decoder()((latents - 2) / 4), frames, 1e-4)
     assert (raw.shape, frames.shape, codec.stride) == ((1, 3, 12, 8, 8), (9, 3, 64, 64), 4)
 
 
 def test_every_decoder_is_a_video_of_its_own(random_tiny):
-    codec, latents = TinyCodec(random_tiny), draw(1, 6, 12, 8, 8)
+    codec, latents = TaehvCodec(random_tiny.codec), draw(1, 6, 12, 8, 8)
     one, other = codec.decoder(), codec.decoder()
     first = one(latents[:, :3])
     close(other(latents[:, :3]), first)

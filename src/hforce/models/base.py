@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,10 @@ class TextEncoder(Protocol):
 
     def __call__(self, prompt: str) -> Tensor:
         """prompt -> [1, T, text_dim]. Raises DataError for a prompt that says nothing the model knows."""
+        ...
+
+    def encode_all(self, prompts: Iterable[str]) -> None:
+        """Gets the prompts of a run ready, so that what encodes them need not stay in memory while it lasts."""
         ...
 
     def reads(self, prompt: str) -> str:

@@ -97,7 +97,7 @@ class Contents:
         if found is None:
             there = shown([str(name) for name in self.members if name]) or "no tensors"
             message = f"{self.path} has none of {', '.join(wanted)}: it holds {there}"
-            raise CheckpointError(message, "is it the weight file of a Wan2.1 transformer?")
+            raise CheckpointError(message, "is it the weight file that is meant?")
         return found, LazyState({str(k): self._entry(found, k, v) for k, v in self.members[found].items()})
 
     def _entry(self, member: str, name: Any, value: Any) -> Entry:

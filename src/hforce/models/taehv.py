@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from hforce.errors import CheckpointError
+from hforce.models.wan_files import read_weights
+from hforce.models.weights import load_strictly
+
+TAEHV_MARK = "encoder.0.weight"  # a tensor that other autoencoders do not have
+WIDENED = (1, 8, 14, 20)  # layers of the decoder that set its widths
 Memory = list[Tensor]
 """What a streamed pass remembers: for every MemBlock the last frame it was given, [B, C, h, w]."""
 
@@ -115,6 +122,16 @@ class TAEHV(nn.Module):
         self.encoder = self._build_encoder(config)
         self.decoder = self._build_decoder(config)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        return next(self.parameters()).dtype
+
     @staticmethod
     def _build_encoder(c: TaehvConfig) -> nn.Sequential:
         width = c.encoder_width
@@ -165,3 +182,59 @@ class TAEHV(nn.Module):
         return F.pixel_shuffle(raw, self.config.patch), remembered
 
 
+class TaehvCodec:
+    """A TAEHV between video and the transformer's latents, which are its own less a mean and divided by a deviation."""
+
+    def __init__(self, net: TAEHV, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
+        self.net, self.mean, self.std = net, mean, std
+        self.stride = net.config.stride
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""
+        return (self.net.encode_clip(video.to(self.net.device, self.net.dtype)).float() - self.mean) / self.std
+
+    def decoder(self) -> TaehvDecoder:
+        """A decoder for a new video."""
+        return TaehvDecoder(self)
+
+
+class TaehvDecoder:
+    """Decodes one video, chunk by chunk."""
+
+    def __init__(self, codec: TaehvCodec) -> None:
+        self._codec = codec
+        self._memory: Memory | None = None
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
+        net = self._codec.net
+        raw = latents.to(net.device, torch.float32) * self._codec.std + self._codec.mean
+        video, self._memory = net.decode_stream(raw.to(net.dtype), self._memory)
+        return video[0].float()
+
+
+def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TaehvCodec:
+    """The codec in taew2_1.safetensors or .pth. It works on the transformer's latents as they are.
+
+    Widths are read off the tensors. Raises CheckpointError when they are not those of a TAEHV for Wan2.1.
+    """
+    state = {name: value.to(dtype) for name, value in read_weights(path).items()}
+    names = [f"decoder.{layer}.weight" for layer in WIDENED]
+    if missing := [name for name in (TAEHV_MARK, *names) if name not in state]:
+        raise CheckpointError(f"{path} holds no TAEHV: it has no tensor {missing[0]}", "download taew2_1 again")
+    first, second, third, last = (len(state[name]) for name in names)
+    expected, channels = TaehvConfig(), state[names[0]].shape[1]
+    if channels != expected.latent_channels:
+        message = f"the latents of {path} have {channels} channels, those of Wan2.1 have {expected.latent_channels}"
+        raise CheckpointError(message, "use taew2_1")
+    net = TAEHV(TaehvConfig(channels, len(state[TAEHV_MARK]), (first, second, third, last)))
+    load_strictly(net, _trim(net, state), str(path))
+    return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
+
+
+def _trim(net: TAEHV, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Old files grow more frames than are wanted; those that are not come first."""
+    own = net.state_dict()
+    grown = [f"decoder.{i}.conv.weight" for i, layer in enumerate(net.decoder) if isinstance(layer, TGrow)]
+    return {name: value[-len(own[name]) :] if name in grown else value for name, value in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hforce.errors import CheckpointError, DataError
 from hforce.geometry import Geometry
 from hforce.models.base import Backbone
 from hforce.models.dit import CausalWan, WanConfig
-from hforce.models.taehv import TAEHV, Memory, TaehvConfig
+from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
 from hforce.models.weights import fingerprint, load_strictly, read_safetensors
 from hforce.toy.world import PIXELS, SLOTS, complete, parse, sentence, vocabulary
 
@@ -88,6 +89,9 @@ class WordEncoder:
         index = torch.tensor([[WORD_INDEX[slot, words[slot]] for slot in SLOTS]], device=self.words.weight.device)
         return self.words(index)
 
+    def encode_all(self, prompts: Iterable[str]) -> None:
+        """Nothing to do ahead: words are looked up at once, and what cannot be read concerns its own video alone."""
+
     def reads(self, prompt: str) -> str:
         """The complete sentence that is looked up."""
         return sentence(self._understand(prompt))
@@ -105,37 +109,6 @@ class WordEncoder:
         return complete(parsed.words, prompt)
 
 
-class TinyCodec:
-    """The codec of the tiny model on normalised latents."""
-
-    def __init__(self, tiny: TinyModel) -> None:
-        self.net, self.mean, self.std = tiny.codec, tiny.latent_mean, tiny.latent_std
-        self.stride = tiny.codec.config.stride
-
-    def encode(self, video: Tensor) -> Tensor:
-        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""
-        return (self.net.encode_clip(video) - self.mean) / self.std
-
-    def decoder(self) -> TinyDecoder:
-        """A decoder for a new video."""
-        return TinyDecoder(self)
-
-
-class TinyDecoder:
-    """Decodes one video, chunk by chunk."""
-
-    def __init__(self, codec: TinyCodec) -> None:
-        self._codec = codec
-        self._memory: Memory | None = None
-
-    @torch.inference_mode()
-    def __call__(self, latents: Tensor) -> Tensor:
-        """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
-        raw = latents.float() * self._codec.std + self._codec.mean
-        video, self._memory = self._codec.net.decode_stream(raw, self._memory)
-        return video[0]
-
-
 def load_tiny(checkpoint: str, size: tuple[int, int] | None, device: str, dtype: str) -> Backbone:
     """The packaged tiny model, or one that `make tiny` wrote. Sizes other than 64x64 run, but were not trained."""
     tiny = TinyModel.load(Path(checkpoint) if checkpoint else PACKAGED).to(device)
@@ -146,4 +119,5 @@ def load_tiny(checkpoint: str, size: tuple[int, int] | None, device: str, dtype:
     shape = (config.in_channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
     grid = (shape[1] // config.patch[1], shape[2] // config.patch[2])
     geometry = Geometry(config.layers, config.heads, config.head_dim, grid)
-    return Backbone("tiny", tiny.dit, WordEncoder(tiny.words), TinyCodec(tiny), geometry, shape, (width, height), mark)
+    codec = TaehvCodec(tiny.codec, tiny.latent_mean, tiny.latent_std)
+    return Backbone("tiny", tiny.dit, WordEncoder(tiny.words), codec, geometry, shape, (width, height), mark)

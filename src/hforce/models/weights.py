@@ -78,6 +78,7 @@ def way_out(start: bytes) -> str:
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Loads a state dict in which nothing may be missing, surplus, of another shape, or not finite.
 
+    A module built on the meta device takes the tensors themselves, so that memory is paid once; others copy them.
     Raises CheckpointError naming the first few of each.
     """
     expected = module.state_dict()
@@ -92,7 +93,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
     if told:
         message = f"{name} does not fit the model: tensors {'; '.join(told)}"
         raise CheckpointError(message, "is it another model's file, or damaged?")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=any(value.is_meta for value in expected.values()))
 
 
 def fingerprint(model: CausalWan) -> str:

@@ -1,0 +1,89 @@
+"""A whole model of the Wan2.1 family out of its files, tiny and random: from a prompt to video frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.builders import close
+from tests.weightfiles import wrapped
+
+from hforce.attention.dense import BlockCausal
+from hforce.attention.rope import Rope3D
+from hforce.errors import ConfigError, InputError
+from hforce.models import wan
+from hforce.models.dit import CausalWan, WanConfig
+from hforce.models.taehv import TaehvCodec
+from hforce.models.wan import Sources, load_wan
+from hforce.models.wan_vae import WanCodec
+from hforce.models.weights import fingerprint
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+from tests.wanparts import random_text_encoder, random_vae, released_text, released_vae, write_tokenizer
+
+TAEW = load_file(Path(__file__).parent.parent / "data" / "golden" / "taehv_tiny.safetensors")
+PROMPT, SIZE = "a red fox", (48, 32)
+
+
+@pytest.fixture(scope="module")
+def transformer() -> CausalWan:
+    torch.manual_seed(0)
+    return CausalWan(WanConfig(256, 128, 2, 2, text_dim=32)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=["released", "diffusers"])
+def sources(request, transformer, tmp_path_factory) -> Sources:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.save({"generator_ema": wrapped(transformer.state_dict())}, folder / "self_forcing_dmd.pt")
+    text, vae = random_text_encoder(32), random_vae()
+    if request.param == "released":
+        write_tokenizer(folder / "google" / "umt5-xxl")
+        torch.save(released_text(text), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+        torch.save(released_vae(vae), folder / "Wan2.1_VAE.pth")
+    else:
+        write_tokenizer(folder / "tokenizer")
+        text.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+        vae.save_pretrained(folder / "vae")
+    torch.save({name[2:]: value for name, value in TAEW.items() if name.startswith("w.")}, folder / "taew2_1.pth")
+    return Sources(folder / "self_forcing_dmd.pt", folder, folder / "texts")
+
+
+@pytest.mark.parametrize("codec", [WanCodec, TaehvCodec])
+def test_a_prompt_becomes_video_frames(sources, transformer, codec):
+    if codec is TaehvCodec:
+        sources = Sources(sources.checkpoint, sources.base, sources.texts, vae=sources.base / "taew2_1.pth")
+    made = load_wan("wan", sources, SIZE, "cpu", "float32")
+    assert isinstance(made.codec, codec)
+    assert (made.shape, made.geometry.grid, made.fingerprint) == ((16, 4, 6), (2, 3), fingerprint(transformer))
+    made.encode_text.encode_all([PROMPT])
+    text = made.model.project_text(made.encode_text(PROMPT))
+    latents, t = torch.randn(1, 3, *made.shape), torch.tensor([[1000.0, 500.0, 0.0]])
+    attend = BlockCausal(Rope3D(made.geometry.grid, made.geometry.head_dim), [3])
+    flow = made.model(latents, t, text, attend)
+    close(flow, transformer(latents, t, text, attend), 1e-5)
+    frames = made.codec.decoder()(flow)
+    assert frames.shape == (9, 3, 32, 48)
+    assert bool(torch.isfinite(frames).all())
+    assert made.codec.encode(frames[None]).shape == latents.shape
+
+
+def test_precision_on_a_cpu_is_float32_but_that_of_texts_is_as_stored(sources):
+    made = load_wan("wan", sources, SIZE, "cpu", "auto")
+    assert {weight.dtype for weight in made.model.parameters()} == {torch.float32}
+    assert made.encode_text(PROMPT).dtype == torch.bfloat16
+    half = load_wan("wan", sources, SIZE, "cpu", "bfloat16")
+    assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
+    assert half.fingerprint == made.fingerprint
+
+
+def test_faults_are_found_before_weights_are_read(sources, monkeypatch, tmp_path):
+    monkeypatch.setattr(wan, "load_transformer", None)
+    with pytest.raises(ConfigError, match="50x32 will not do"):
+        load_wan("wan", sources, (50, 32), "cpu", "auto")
+    with pytest.raises(InputError, match="no folder of Wan2.1"):
+        load_wan("wan", Sources(sources.checkpoint, tmp_path, tmp_path), SIZE, "cpu", "auto")
+    with pytest.raises(InputError, match="there is no"):
+        load_wan("wan", Sources(tmp_path / "gone.pt", sources.base, tmp_path), SIZE, "cpu", "auto")
