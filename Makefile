@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(STAMP)
 
-test: $(STAMP) ## the tests that need no GPU
-	@$(PYTHON) -m pytest
+test: $(STAMP) ## the tests that need no GPU, one thread on every core
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	@$(PYTHON) -m pytest -m gpu
