@@ -102,12 +102,12 @@ def test_a_script_has_the_prompts_encoded(backbone):
 def test_roles_come_from_the_profile_and_its_controls_have_as_many_of_each(backbone, heads):
     measured = build_roles(cache_of(heads, "head-forcing"), backbone)
     assert measured == build_profile(cache_of(heads, "head-forcing"), backbone).role_map()
-    assert measured.counts() == {HeadRole.LOCAL: 5, HeadRole.ANCHOR: 9, HeadRole.MEMORY: 22}  # a quarter, a fifth
+    assert measured.counts() == {HeadRole.LOCAL: 7, HeadRole.ANCHOR: 12, HeadRole.MEMORY: 29}  # a quarter, a fifth
     controls = [build_roles(cache_of(heads, "head-forcing", f"cache.roles={name}"), backbone)
                 for name in ("random:1", "random:2", "inverse")]
     assert len({measured, *controls}) == 4
     assert all(control.counts() == measured.counts() for control in controls)
-    assert build_roles(cache_of(heads, "window"), backbone) == RoleMap.uniform(HeadRole.MEMORY, 6, 6)
+    assert build_roles(cache_of(heads, "window"), backbone) == RoleMap.uniform(HeadRole.MEMORY, 8, 6)
 
 
 def test_uniform_roles_need_no_profile(backbone):

@@ -136,7 +136,7 @@ def test_a_profile_of_another_model_is_refused_with_both_fingerprints(generate, 
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    (lambda p: p["heads"].pop(), "layer 5 head 5 is missing"),
+    (lambda p: p["heads"].pop(), "layer 7 head 5 is missing"),
     (lambda p: p["heads"][3].update(role="elder"), "heads[3].role"),
     (lambda p: p["heads"][3]["stats"].update(sink_mass="much"), "heads[3].stats.sink_mass"),
     (lambda p: p.update(schema_version=2), "upgrade hforce"),

@@ -59,7 +59,7 @@ def test_a_file_of_other_sizes_than_it_says_is_refused(weights, tmp_path):
     sizes = json.loads(metadata["dit"])
     metadata["dit"] = json.dumps({**sizes, "layers": sizes["layers"] - 1})
     save_file(state, tmp_path / "m.safetensors", metadata)
-    with pytest.raises(CheckpointError, match=r"\d+ unexpected \(dit.blocks.5"):
+    with pytest.raises(CheckpointError, match=r"\d+ unexpected \(dit.blocks.7"):
         TinyModel.load(tmp_path / "m.safetensors")
 
 
@@ -149,7 +149,7 @@ def test_a_backbone_says_all_about_itself(weights, random_tiny):
     backbone = load_tiny(Source(str(weights)), None, "cpu", "auto")
     assert (backbone.name, backbone.size, backbone.shape) == ("tiny", (64, 64), (12, 8, 8))
     geometry = backbone.geometry
-    assert (geometry.layers, geometry.heads, geometry.head_dim, geometry.grid) == (6, 6, 24, (4, 4))
+    assert (geometry.layers, geometry.heads, geometry.head_dim, geometry.grid) == (8, 6, 24, (4, 4))
     assert (geometry.chunk, geometry.span) == (3, 21)
     assert backbone.fingerprint == fingerprint(TinyModel.load(weights).dit)
 
