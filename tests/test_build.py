@@ -122,7 +122,8 @@ def test_uniform_roles_need_no_profile(backbone):
 def test_a_model_without_a_profile_says_how_to_measure_one(backbone):
     with pytest.raises(InputError, match="no head profile comes with model 'other'") as caught:
         build_profile(CacheConfig(), replace(backbone, name="other"))
-    assert "hforce profile --model other" in caught.value.mend
+    assert "hforce profile -o FILE" in caught.value.mend
+    assert "--roles uniform" in caught.value.mend
 
 
 def test_a_profile_of_other_weights_is_refused(backbone, heads):

@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[1]
     (["--set", "model.device=cuda:99"], 69, "use model.device=cpu"),
     (["-m", "huge"], 2, "known models: tiny"),
     (["-m", "missing.safetensors"], 66, "there is no weight file missing.safetensors"),
-    (["-m", "."], 2, "unknown model '.'"),
+    (["-m", "."], 66, "no transformer in the folder ."),
     (["--profile", "missing.json"], 66, "missing.json"),
     (["-c", "missing.yaml"], 66, "missing.yaml"),
     (["-p", " "], 2, "is empty"),
@@ -136,7 +136,7 @@ def test_a_profile_of_another_model_is_refused_with_both_fingerprints(generate, 
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    (lambda p: p["heads"].pop(), "layer 5 head 5 is missing"),
+    (lambda p: p["heads"].pop(), "layer 7 head 5 is missing"),
     (lambda p: p["heads"][3].update(role="elder"), "heads[3].role"),
     (lambda p: p["heads"][3]["stats"].update(sink_mass="much"), "heads[3].stats.sink_mass"),
     (lambda p: p.update(schema_version=2), "upgrade hforce"),
@@ -167,7 +167,7 @@ def test_an_edited_profile_is_used_with_a_warning(generate, heads, tmp_path):
 @pytest.mark.parametrize(("damage", "told"), [
     (lambda data: data[: len(data) // 2], "is not a whole safetensors file"),
     (lambda data: data[:100], "download it again"),
-    (lambda data: b"", "(0 bytes)"),
+    (lambda data: b"", "(0 bytes"),
     (lambda data: (2**62).to_bytes(8, "little") + data[8:], "is not a whole safetensors file"),
     (lambda data: b"version https://git-lfs.github.com/spec/v1\n" * 3, "git lfs pull"),
     (lambda data: b"<!DOCTYPE html><html>" * 9, "web page"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hforce.config import SETUPS, Config, RolePolicy, describe, load_config, violations, with_setup
+from hforce.config import SETUPS, CacheConfig, Config, RolePolicy, describe, load_config, violations, with_setup
 from hforce.errors import ConfigError, HforceError, InputError, UsageError
 from hforce.resources import resource
 from hforce.units import Grid, parse_duration, parse_moment, parse_size
@@ -28,7 +28,7 @@ def failure(folder: Path, text: str | bytes) -> str:
 
 def test_every_default_keeps_its_own_rule():
     assert violations(Config()) == []
-    assert load_config() == Config()
+    assert load_config() == Config(cache=CacheConfig(switch="keep"))  # the preset of the tiny model
 
 
 def test_later_layers_win(tmp_path):
@@ -40,7 +40,7 @@ def test_later_layers_win(tmp_path):
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
-    assert load_config(files=[written(tmp_path, ""), written(tmp_path, "# only this\n", "two.yaml")]) == Config()
+    assert load_config(files=[written(tmp_path, ""), written(tmp_path, "# only this\n", "two.yaml")]) == load_config()
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in resource("presets/tiny.yaml").parent.glob("*.yaml")])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +20,16 @@ from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_ord
 from hforce.config import CacheConfig, Config, SampleConfig
 from hforce.errors import DataError, InputError
 from hforce.geometry import Geometry
-from hforce.models.base import Backbone
+from hforce.models.base import Backbone, Source
+from hforce.models.families import Family
 from hforce.models.registry import load_backbone
 from hforce.prompts import Shot
 from hforce.resources import resource
 from hforce.sampler import make_steps
 from hforce.stream import Sampling, Stream, Switch, Take, seeded
 from hforce.units import parse_size
+
+log = logging.getLogger(__name__)
 
 ROUNDING = 1e-6  # video frames by which a length in seconds may miss the whole number it was made from
 
@@ -42,12 +48,32 @@ class Plan:
 
 
 def build_backbone(config: Config) -> Backbone:
-    """The model of a configuration. Sets the number of CPU threads."""
+    """The model of a configuration. Sets the number of CPU threads, and warns of settings that do not suit it."""
     model = config.model
     set_threads(model.threads)
-    return load_backbone(
-        model.name, model.checkpoint, parse_size(model.size) if model.size else None, model.device, model.dtype
-    )
+    source = Source(model.checkpoint, model.base, model.lora, model.vae, model.texts)
+    size = parse_size(model.size) if model.size else None
+    backbone = load_backbone(model.name, source, size, model.device, model.dtype)
+    if backbone.family:
+        advise(backbone.family, config.sample)
+    return backbone
+
+
+def advise(family: Family, sample: SampleConfig) -> None:
+    """Warns of what there is to know about a release, and of its own settings if they are others and none were given.
+
+    Nothing is changed: the settings of a run are those of its configuration.
+    """
+    names = ("steps", "first_steps", "warp", "shift")
+    own = {name: getattr(family, name) for name in names}
+    own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+    usual = {name: getattr(SampleConfig(), name) for name in names}
+    if own != usual and all(getattr(sample, name) == usual[name] for name in names):
+        texts = [f"sample.{name}={json.dumps(own[name])}" for name in names if own[name] != usual[name]]
+        line = shlex.join(word for text in texts for word in ("--set", text.replace(" ", "")))
+        log.warning("the weights are of %s, but its own settings are not used; give them with: %s", family.name, line)
+    if family.note:
+        log.warning("%s: %s", family.name, family.note)
 
 
 def set_threads(wanted: int) -> None:
@@ -109,7 +135,8 @@ def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
     except InputError as error:
         raise InputError(
             f"no head profile comes with model {backbone.name!r}",
-            f"measure one with: hforce profile --model {backbone.name} -o FILE, then pass --profile FILE",
+            "measure one with: hforce profile -o FILE and the same --model, then pass --profile FILE; "
+            "or do without: --roles uniform",
         ) from error
     profile = load_profile(path)
     check_model(profile, backbone.fingerprint, backbone.geometry.layers, backbone.geometry.heads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEMO = "prompts/demo.txt"
-WEIGHT_FILES = (".safetensors", ".pt", ".pth")
 UNSEEN = "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of what follows
 GLOBAL = ("-q", "--quiet", "-v", "--verbose", "--debug")  # may stand before or after the command
 
@@ -40,7 +38,7 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[
-    str, Option("--model", "-m", metavar="NAME|FILE", help="tiny, or a .safetensors file of its kind.")
+    str, Option("--model", "-m", metavar="NAME|PATH", help="A preset, as tiny, or weights of Wan2.1's kind.")
 ]
 SizeOption = Annotated[str, Option("--size", metavar="WxH", help="Pixels, as 64x64.  [default: the model's own]")]
 ConfigOption = Annotated[
@@ -246,14 +244,15 @@ def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] 
     import json
 
     from hforce.config import load_config
+    from hforce.which_model import which_model
 
-    is_file = model.endswith(WEIGHT_FILES) or os.sep in model
-    flags |= {"--model": ("model.checkpoint" if is_file else "model.name", model), "--size": ("model.size", size)}
+    preset, name, checkpoint = which_model(model)
+    flags |= {"-m": ("model.name", name), "--model": ("model.checkpoint", checkpoint), "--size": ("model.size", size)}
     given = {flag: setting for flag, setting in flags.items() if setting[1] not in (None, "", [])}
     # A JSON text is a YAML value, quotes and all; references are for files, not for flags.
     texts = [f"{key}={json.dumps(value)}" for key, value in given.values()]
     try:
-        return load_config("tiny", files or [], [*(overrides or []), *texts])
+        return load_config(preset, files or [], [*(overrides or []), *texts])
     except UsageError as error:
         told = str(error)
         for flag, (key, _) in given.items():

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hforce.errors import ConfigError, UsageError
-from hforce.resources import resource
+from hforce.resources import presets
 from hforce.rules import Rule, each, falling, nearest, one_of, seconds, size, within
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
 
@@ -26,7 +26,11 @@ class ModelConfig:
     """Which model, from where, and on what it runs."""
 
     name: str = "tiny"
-    checkpoint: str = ""  # file or folder of weights; empty: the packaged ones
+    checkpoint: str = ""  # file or folder of weights, or org/name:file on the hub; empty: the packaged ones
+    base: str = ""  # folder (or org/name) of a Wan2.1 release with the other parts; empty: the folder `checkpoint`
+    lora: str = ""  # adapter to merge into the checkpoint
+    vae: str = ""  # file of an autoencoder to take instead of the release's, as taew2_1.pth
+    texts: str = ""  # folder where embeddings of prompts are kept; empty: ~/.cache/hforce/texts
     size: str = ""  # "832x480", width x height in pixels; empty: the model's own
     dtype: str = "auto"
     device: str = "auto"
@@ -59,7 +63,7 @@ class CacheConfig:
 class SampleConfig:
     """How one chunk is denoised. The defaults are Self-Forcing's (arXiv 2506.08009)."""
 
-    steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # timesteps in 1..1000, falling
+    steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # timesteps in 0..1000, falling
     first_steps: list[int] = field(default_factory=list)  # of a shot's first chunk; empty: as `steps`
     warp: bool = True  # look the timesteps up in the shifted schedule
     shift: float = 5.0
@@ -244,11 +248,10 @@ def violations(config: Config) -> list[tuple[str, str]]:
 
 
 def _preset_path(name: str) -> Path:
-    folder = resource("presets/tiny.yaml").parent
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    known = presets()
     if name not in known:
         raise UsageError(f"no preset {name[:60]!r}{nearest(name, known)}", f"presets: {', '.join(known)}")
-    return folder / f"{name}.yaml"
+    return known[name]
 
 
 def _file_settings(path: Path) -> list[Setting]:

@@ -17,3 +17,8 @@ def resource(name: str) -> Path:
         if path.is_file():
             return path
     raise InputError(f"{name} is missing from this installation of hforce", "install hforce again")
+
+
+def presets() -> dict[str, Path]:
+    """The files of the presets by name, sorted."""
+    return {path.stem: path for path in sorted(resource("presets/tiny.yaml").parent.glob("*.yaml"))}

@@ -43,11 +43,11 @@ def each(rule: Rule) -> Rule:
 
 
 def falling(least: int) -> Rule:
-    """At least `least` timesteps within 1000..1, each lower than the one before."""
+    """At least `least` timesteps within 1000..0, each lower than the one before."""
     def check(steps: list[int]) -> str | None:
         falls = all(above > below for above, below in pairwise(steps))
-        inside = all(1 <= step <= 1000 for step in steps)
-        return None if falls and inside and len(steps) >= least else f"{steps} are not timesteps falling within 1000..1"
+        inside = all(0 <= step <= 1000 for step in steps)
+        return None if falls and inside and len(steps) >= least else f"{steps} are not timesteps falling within 1000..0"
     return check
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from tests.weightfiles import wrapped
 
 from hforce.attention.dense import BlockCausal
 from hforce.attention.rope import Rope3D
-from hforce.errors import ConfigError, InputError
+from hforce.errors import CheckpointError, ConfigError, InputError
 from hforce.models import wan
+from hforce.models.base import Source
 from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.taehv import TaehvCodec
-from hforce.models.wan import Sources, load_wan
+from hforce.models.wan import LARGE, SMALL, load_wan
 from hforce.models.wan_vae import WanCodec
 from hforce.models.weights import fingerprint
 
@@ -35,7 +37,7 @@ def transformer() -> CausalWan:
 
 
 @pytest.fixture(scope="module", params=["released", "diffusers"])
-def sources(request, transformer, tmp_path_factory) -> Sources:
+def sources(request, transformer, tmp_path_factory) -> Source:
     folder = tmp_path_factory.mktemp(request.param)
     torch.save({"generator_ema": wrapped(transformer.state_dict())}, folder / "self_forcing_dmd.pt")
     text, vae = random_text_encoder(32), random_vae()
@@ -48,15 +50,16 @@ def sources(request, transformer, tmp_path_factory) -> Sources:
         text.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
         vae.save_pretrained(folder / "vae")
     torch.save({name[2:]: value for name, value in TAEW.items() if name.startswith("w.")}, folder / "taew2_1.pth")
-    return Sources(folder / "self_forcing_dmd.pt", folder, folder / "texts")
+    return Source(str(folder / "self_forcing_dmd.pt"), str(folder), texts=str(folder / "texts"))
 
 
 @pytest.mark.parametrize("codec", [WanCodec, TaehvCodec])
 def test_a_prompt_becomes_video_frames(sources, transformer, codec):
     if codec is TaehvCodec:
-        sources = Sources(sources.checkpoint, sources.base, sources.texts, vae=sources.base / "taew2_1.pth")
-    made = load_wan("wan", sources, SIZE, "cpu", "float32")
+        sources = replace(sources, vae=f"{sources.base}/taew2_1.pth")
+    made = load_wan("", sources, SIZE, "cpu", "float32")
     assert isinstance(made.codec, codec)
+    assert (made.name, made.family.name) == (SMALL, "self-forcing")
     assert (made.shape, made.geometry.grid, made.fingerprint) == ((16, 4, 6), (2, 3), fingerprint(transformer))
     made.encode_text.encode_all([PROMPT])
     text = made.model.project_text(made.encode_text(PROMPT))
@@ -71,10 +74,10 @@ def test_a_prompt_becomes_video_frames(sources, transformer, codec):
 
 
 def test_precision_on_a_cpu_is_float32_but_that_of_texts_is_as_stored(sources):
-    made = load_wan("wan", sources, SIZE, "cpu", "auto")
+    made = load_wan(SMALL, sources, SIZE, "cpu", "auto")
     assert {weight.dtype for weight in made.model.parameters()} == {torch.float32}
     assert made.encode_text(PROMPT).dtype == torch.bfloat16
-    half = load_wan("wan", sources, SIZE, "cpu", "bfloat16")
+    half = load_wan(SMALL, sources, SIZE, "cpu", "bfloat16")
     assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
     assert half.fingerprint == made.fingerprint
 
@@ -82,8 +85,21 @@ def test_precision_on_a_cpu_is_float32_but_that_of_texts_is_as_stored(sources):
 def test_faults_are_found_before_weights_are_read(sources, monkeypatch, tmp_path):
     monkeypatch.setattr(wan, "load_transformer", None)
     with pytest.raises(ConfigError, match="50x32 will not do"):
-        load_wan("wan", sources, (50, 32), "cpu", "auto")
+        load_wan(SMALL, sources, (50, 32), "cpu", "auto")
     with pytest.raises(InputError, match="no folder of Wan2.1"):
-        load_wan("wan", Sources(sources.checkpoint, tmp_path, tmp_path), SIZE, "cpu", "auto")
+        load_wan(SMALL, replace(sources, base=str(tmp_path)), SIZE, "cpu", "auto")
     with pytest.raises(InputError, match="there is no"):
-        load_wan("wan", Sources(tmp_path / "gone.pt", sources.base, tmp_path), SIZE, "cpu", "auto")
+        load_wan(SMALL, replace(sources, checkpoint="gone.pt"), SIZE, "cpu", "auto")
+    with pytest.raises(ConfigError, match="needs the weights of its transformer") as caught:
+        load_wan(SMALL, replace(sources, checkpoint=""), SIZE, "cpu", "auto")
+    assert "-m PATH" in caught.value.mend
+    with pytest.raises(ConfigError, match="is a transformer alone") as caught:
+        load_wan(SMALL, replace(sources, base=""), SIZE, "cpu", "auto")
+    assert "--set model.base=FOLDER" in caught.value.mend
+    with pytest.raises(CheckpointError, match=r"is no wan2.1-t2v-14b, but a transformer of 2 layers x 2 heads"):
+        load_wan(LARGE, sources, SIZE, "cpu", "auto")
+
+
+def test_a_folder_with_all_parts_needs_no_base(sources):
+    made = load_wan("", Source(sources.base, vae=f"{sources.base}/taew2_1.pth"), SIZE, "cpu", "auto")
+    assert isinstance(made.codec, TaehvCodec)

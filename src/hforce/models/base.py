@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hforce.geometry import Geometry
 from hforce.models.dit import CausalWan
+from hforce.models.families import Family
 
 
 class TextEncoder(Protocol):
@@ -51,8 +52,26 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a model comes from, as the configuration names it: paths, or names on the hub; empty where none is given.
+
+    `checkpoint` is the transformer, `base` a release for the other parts, `lora` an adapter to merge into it, `vae` an
+    autoencoder instead of the release's, `texts` the folder in which embeddings of prompts are kept.
+    """
+
+    checkpoint: str = ""
+    base: str = ""
+    lora: str = ""
+    vae: str = ""
+    texts: str = ""
+
+
+@dataclass(frozen=True)
 class Backbone:
-    """A model ready to stream: shape is (C, h, w) of a latent frame, size (W, H) of the video in pixels."""
+    """A model ready to stream: shape is (C, h, w) of a latent frame, size (W, H) of the video in pixels.
+
+    `family` is what its weights were recognised as, where they come from one of several releases.
+    """
 
     name: str
     model: CausalWan
@@ -62,7 +81,8 @@ class Backbone:
     shape: tuple[int, int, int]
     size: tuple[int, int]
     fingerprint: str
+    family: Family | None = None
 
 
-Loader = Callable[[str, tuple[int, int] | None, str, str], Backbone]
-"""checkpoint (empty: the packaged one), size (W, H) or None, device, dtype name ("auto" too) -> Backbone."""
+Loader = Callable[[Source, tuple[int, int] | None, str, str], Backbone]
+"""source, size (W, H) or None, device, dtype name ("auto" too) -> Backbone."""

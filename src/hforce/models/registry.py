@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
 
 from hforce.errors import ConfigError, UnavailableError
-from hforce.models.base import Backbone, Loader
+from hforce.models.base import Backbone, Loader, Source
 from hforce.models.tiny import load_tiny
+from hforce.models.wan import LARGE, SMALL, load_wan
 
-MODELS: Mapping[str, Loader] = MappingProxyType({"tiny": load_tiny})
+PACKAGED = Source()  # weights that come with hforce, where there are any
+MODELS: Mapping[str, Loader] = MappingProxyType({
+    "tiny": load_tiny,
+    "wan2.1": partial(load_wan, ""),  # whichever the checkpoint is
+    SMALL: partial(load_wan, SMALL),
+    LARGE: partial(load_wan, LARGE),
+})
 
 
 def load_backbone(
-    name: str, checkpoint: str = "", size: tuple[int, int] | None = None, device: str = "auto", dtype: str = "auto"
+    name: str,
+    source: Source = PACKAGED,
+    size: tuple[int, int] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Backbone:
     """A model by name. Raises ConfigError for an unknown one, UnavailableError for a device that is not there."""
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}", f"known models: {', '.join(MODELS)}")
-    return MODELS[name](checkpoint, size, find_device(device), dtype)
+    return MODELS[name](source, size, find_device(device), dtype)
 
 
 def find_device(name: str) -> str:

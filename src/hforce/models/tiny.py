@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hforce.errors import CheckpointError, DataError
+from hforce.errors import CheckpointError, ConfigError, DataError
 from hforce.geometry import Geometry
-from hforce.models.base import Backbone
+from hforce.models.base import Backbone, Source
 from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
 from hforce.models.weights import fingerprint, load_strictly, read_safetensors
@@ -109,9 +109,14 @@ class WordEncoder:
         return complete(parsed.words, prompt)
 
 
-def load_tiny(checkpoint: str, size: tuple[int, int] | None, device: str, dtype: str) -> Backbone:
-    """The packaged tiny model, or one that `make tiny` wrote. Sizes other than 64x64 run, but were not trained."""
-    tiny = TinyModel.load(Path(checkpoint) if checkpoint else PACKAGED).to(device)
+def load_tiny(source: Source, size: tuple[int, int] | None, device: str, dtype: str) -> Backbone:
+    """The packaged tiny model, or one that `make tiny` wrote. Sizes other than 64x64 run, but were not trained.
+
+    Raises ConfigError when parts are given: the file has them all.
+    """
+    if odd := [f"model.{name}" for name in ("base", "lora", "vae") if getattr(source, name)]:
+        raise ConfigError(f"the tiny model takes no {', '.join(odd)}", "leave it out, or name another model with -m")
+    tiny = TinyModel.load(Path(source.checkpoint) if source.checkpoint else PACKAGED).to(device)
     config = tiny.dit.config
     mark = fingerprint(tiny.dit)
     tiny.dit.to(getattr(torch, "float32" if dtype == "auto" else dtype))

@@ -3,65 +3,88 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from hforce.errors import ConfigError
+from hforce.errors import CheckpointError, ConfigError
+from hforce.extras import require
 from hforce.geometry import Geometry
-from hforce.models.base import Backbone, Codec, TextEncoder
-from hforce.models.checkpoints import load_transformer, open_checkpoint
+from hforce.models.base import Backbone, Codec, Source, TextEncoder
+from hforce.models.checkpoints import Checkpoint, load_transformer, open_checkpoint
 from hforce.models.dit import CausalWan
+from hforce.models.families import WIDE
+from hforce.models.hub import resolve
+from hforce.models.sizes import describe
 from hforce.models.taehv import TAEHV_MARK, load_taew
 from hforce.models.text_store import EmbeddingStore
-from hforce.models.wan_files import find_parts, read_weights
+from hforce.models.wan_files import GIVE_BASE, find_parts, read_weights
 from hforce.models.wan_text import WanText
 from hforce.models.wan_vae import load_wan_codec
 from hforce.models.weights import fingerprint_of
 
 log = logging.getLogger(__name__)
 
+SMALL, LARGE = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"
+PACKAGES = ("ftfy", "tokenizers", "transformers", "diffusers")  # that it takes, or may take, to run
+TEXTS = ".cache/hforce/texts"  # in the home folder: where embeddings of prompts are kept
 SIZE = (832, 480)  # pixels, width and height the model was trained on
 CELL = 8  # pixels a latent cell is wide and high
 SPAN = 21  # latent frames the model was trained on
 STEP = 16  # pixels that sides are multiples of: two cells, a patch
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Where a backbone comes from: a transformer, and the folder of a Wan2.1 release for the other parts.
-
-    `texts` is the folder in which embeddings of prompts are kept; `lora` an adapter to merge into the transformer;
-    `vae` an autoencoder to take instead of the release's, which may be taew2_1.
-    """
-
-    checkpoint: Path
-    base: Path
-    texts: Path
-    lora: Path | None = None
-    vae: Path | None = None
-
-
-def load_wan(name: str, sources: Sources, size: tuple[int, int] | None, device: str, dtype: str) -> Backbone:
+def load_wan(name: str, source: Source, size: tuple[int, int] | None, device: str, dtype: str) -> Backbone:
     """A model of the Wan2.1 family; dtype "auto" is bfloat16 on a GPU, float32 on a CPU.
 
-    Everything that can be found out without reading weights is found out first. Raises what `open_checkpoint`,
+    `name` is the size that the checkpoint must have, "" for any; the backbone is named for what it has. Everything that
+    can be found out without reading weights is found out first. Raises ConfigError for a source without a checkpoint
+    or without a base, UnavailableError for packages that are not installed, and what `resolve`, `open_checkpoint`,
     `find_parts`, `check_size` and the loaders of the parts raise.
     """
     check_size(*(size or SIZE))
-    parts = find_parts(sources.base, sources.vae)
-    checkpoint = open_checkpoint(sources.checkpoint, sources.lora)
-    log.info("%s: %s of %d layers", sources.checkpoint, checkpoint.family.name, checkpoint.config.layers)
+    if not source.checkpoint:
+        mend = "give them with: -m PATH, or --set model.checkpoint=PATH"
+        raise ConfigError(f"model {name or 'wan2.1'} needs the weights of its transformer", mend)
+    place = resolve(source.checkpoint)
+    checkpoint = open_checkpoint(place, resolve(source.lora) if source.lora else None)
+    log.info("%s: %s of %d layers", place, checkpoint.family.name, checkpoint.config.layers)
+    name = check_name(name, checkpoint)
+    parts = find_parts(find_base(source.base, place), resolve(source.vae) if source.vae else None)
+    require("wan", *PACKAGES)
     auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     precision = getattr(torch, auto if dtype == "auto" else dtype)
     model = load_transformer(checkpoint, precision, device)
     shape = (checkpoint.config.text_len, checkpoint.config.text_dim)
     # As it is stored: float16 overflows in umT5, float32 takes twice the memory.
-    texts = torch.float32 if dtype == "float32" else torch.bfloat16
-    text = WanText(parts.text, parts.tokenizer, EmbeddingStore(sources.texts), shape, texts, device)
+    kept = torch.float32 if dtype == "float32" else torch.bfloat16
+    texts = Path(source.texts).expanduser() if source.texts else Path.home() / TEXTS
+    text = WanText(parts.text, parts.tokenizer, EmbeddingStore(texts), shape, kept, device)
     codec = load_codec(parts.vae, precision, device)
-    return assemble(name, model, text, codec, size, fingerprint_of(checkpoint.state))
+    made = assemble(name, model, text, codec, size, fingerprint_of(checkpoint.state))
+    return replace(made, family=checkpoint.family)
+
+
+def check_name(name: str, checkpoint: Checkpoint) -> str:
+    """The name of a model as wide as this. Raises CheckpointError where it was to be another one."""
+    found = LARGE if checkpoint.config.dim == WIDE else SMALL
+    if name in ("", found):
+        return found
+    message = f"{checkpoint.path} is no {name}, but a transformer {describe(checkpoint.config)}"
+    raise CheckpointError(message, f"name the model that it is, {found}")
+
+
+def find_base(base: str, checkpoint: Path) -> Path:
+    """The release that the other parts come from: the one named, or else the folder of the checkpoint, if it is one.
+
+    Raises ConfigError for a file alone, and what `resolve` raises.
+    """
+    if base:
+        return resolve(base)
+    if checkpoint.is_dir():
+        return checkpoint
+    raise ConfigError(f"{checkpoint} is a transformer alone, without text encoder and autoencoder", GIVE_BASE)
 
 
 def load_codec(path: Path, dtype: torch.dtype, device: str) -> Codec:

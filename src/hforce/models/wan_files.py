@@ -10,6 +10,7 @@ from hforce.models.mapped import NO_QUANTS, LazyState, open_weights
 from hforce.models.weights import FLOATS
 
 INDEX = ".index.json"
+GIVE_BASE = "give a folder of Wan2.1-T2V-1.3B or Wan2.1-T2V-1.3B-Diffusers: --set model.base=FOLDER"
 WRAPPERS = ("state_dict", "model")  # dicts in which others save the tensors of a part
 TEXT = (
     "text_encoder/model.safetensors.index.json",
@@ -39,7 +40,7 @@ def find_parts(base: Path, vae: Path | None = None) -> Parts:
     if lacking := [f"{part} ({', '.join(wanted[part])})" for part, paths in there.items() if not paths]:
         raise InputError(
             f"{base} is no folder of Wan2.1: looked in vain for its {'; '.join(lacking)}",
-            "give the folder of Wan2.1-T2V-1.3B, as released or as Wan2.1-T2V-1.3B-Diffusers",
+            GIVE_BASE,
         )
     text, tokenizer, codec = (paths[0] for paths in there.values())
     return Parts(text, tokenizer, codec)
