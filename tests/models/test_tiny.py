@@ -59,11 +59,7 @@ def test_a_file_of_other_sizes_than_it_says_is_refused(weights, tmp_path):
     sizes = json.loads(metadata["dit"])
     metadata["dit"] = json.dumps({**sizes, "layers": sizes["layers"] - 1})
     save_file(state, tmp_path / "m.safetensors", metadata)
-<<<<<<< HEAD
     with pytest.raises(CheckpointError, match=rf"\d+ unexpected \(dit.blocks.{sizes['layers'] - 1}"):
-=======
-    with pytest.raises(CheckpointError, match=r"\d+ unexpected \(dit.blocks.7"):
->>>>>>> wire
         TinyModel.load(tmp_path / "m.safetensors")
 
 
