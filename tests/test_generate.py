@@ -378,10 +378,11 @@ def test_the_other_videos_of_a_list_are_made(settings, weights, tmp_path, caplog
 
 def test_a_codec_that_overflows_makes_no_black_video(settings, weights, tmp_path):
     """Frames that were no numbers used to become black ones."""
-    last = [name for name, x in load_file(weights).items() if name.startswith("codec.decoder") and x.dim() == 4][-1]
-    loudest = torch.full_like(load_file(weights)[last], 3e38, dtype=torch.float32)
+    first, *_, last = (n for n, x in load_file(weights).items() if n.startswith("codec.decoder") and x.dim() == 4)
+    loud, loudest = 1e12 * load_file(weights)[first].float(), torch.full_like(load_file(weights)[last].float(), 3e38)
     loudest[:, ::2] *= -1
-    model = changed(weights, tmp_path / "loud.safetensors", **{last.replace(".", "__"): loudest})
+    loudness = {first.replace(".", "__"): loud, last.replace(".", "__"): loudest}
+    model = changed(weights, tmp_path / "loud.safetensors", **loudness)
     ((target, error),) = make(settings(f"model.checkpoint={model}"), tmp_path).failed
     assert "the video frames of chunk 0 hold values that are not finite" in str(error)
     assert error.exit_code == 65

@@ -26,9 +26,11 @@ from hforce.errors import ConfigError, DataError, OutputError
 from hforce.length import choose_lengths, draw_case, fingerprint_of, notes_path, plan_shots
 from hforce.length_report import FILMS, MEASURES, LengthResult
 from hforce.prompts import Shot
-from hforce.toy.evaluate import film
+from hforce.toy.evaluate import generate
+from hforce.toy.film import Cut, Film
 from hforce.toy.metrics import read_frames, score
 from hforce.toy.words import held_out, parse
+from hforce.toy.world import FPS, Scene
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = (1, 2)
@@ -109,7 +111,8 @@ def test_values_are_those_of_the_judge_on_a_film_made_alone(config: Config, resu
     case = result.cases[0]
     for place, setup in enumerate(NAMES):
         own = build_backbone(config)
-        video = film(with_setup(config, setup), own, case.prompts[0], case.seed, 2.0)
+        film = Film((Cut(0, Scene(**parse(case.prompts[0]).words)),))
+        video = generate(with_setup(config, setup), own, film, case.seed, 2 * FPS)
         scores = score(read_frames(video), parse(case.prompts[0]).words)
         for number, measure in enumerate(MEASURES):
             seconds = getattr(scores, measure)

@@ -59,10 +59,10 @@ def returning_films(count: int) -> list[Film]:
     return found
 
 
-def generate(config: Config, backbone: Backbone, film: Film, seed: int) -> Video:
-    """What the model makes of the prompts of a film: uint8 [T, H, W, 3]."""
-    shots = [Shot(sentence(p.scene.words), (p.end - p.begin) / FPS) for p in film.segments(FRAMES)]
-    plan = build_plan(shots, FRAMES / FPS, config.video.fps, backbone)
+def generate(config: Config, backbone: Backbone, film: Film, seed: int, frames: int = FRAMES) -> Video:
+    """What the model makes of the prompts of a film, in whole chunks: uint8 [T, H, W, 3]."""
+    shots = [Shot(sentence(p.scene.words), (p.end - p.begin) / FPS) for p in film.segments(frames)]
+    plan = build_plan(shots, frames / FPS, config.video.fps, backbone)
     stream = build_stream(config, backbone, plan.total, seed)
     script = build_script(shots, plan, backbone)
     return np.concatenate([frames for _, frames, _ in decoded(stream, script, backbone)])
