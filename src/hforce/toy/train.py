@@ -45,13 +45,13 @@ class Recipe:
     codec_frames: int = 9
     codec_lr: float = 4e-3
     latent_noise: float = 0.04  # added to latents while the codec learns, so that it forgives the transformer's errors
-    clips: int = 6000
-    steps: int = 1400
+    clips: int = 5000
+    steps: int = 1150
     parts: int = 4  # of every batch, each worked on by one thread: faster than many threads inside an operation
     batch: int = 12
     views: int = 2  # noisy copies of every clip, beside one clean
     first_batch: int = 32  # first chunks on their own, extra in every step: they are the hardest
-    lr: float = 2e-3
+    lr: float = 2.5e-3
     adam_lr: float = 2e-3
     warmup: int = 40
     decay_from: float = 0.3  # share of the steps after which the rate falls linearly to zero
