@@ -58,9 +58,10 @@ def untold(_: BenchProgress) -> None:
 
 
 def settings(config: Config) -> list[str]:
-    """The model of a configuration, for the command line."""
-    return ["--suite", "tiny-length", "-m", config.model.checkpoint, "--set", f"cache.profile={config.cache.profile}",
-            "--set", "model.device=cpu", "--seed", str(config.bench.seed), "--setups", ",".join(NAMES)]  # fmt: skip
+    """The model of a configuration, for the command line; where presets differ from it, its own settings win."""
+    set_ = [f"cache.profile={config.cache.profile}", f"cache.switch={config.cache.switch}", "model.device=cpu"]
+    line = ["--suite", "tiny-length", "-m", config.model.checkpoint, "--seed", str(config.bench.seed)]
+    return [*line, "--setups", ",".join(NAMES), *(word for text in set_ for word in ("--set", text))]
 
 
 @pytest.fixture(scope="module")
