@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import hforce
-from hforce import cli
+from hforce import cli, shell
 from hforce.cache.roles import Fingerprint, load_profile, save_profile
 from hforce.errors import HforceError
 from hforce.ffmpeg import find_ffmpeg
@@ -206,17 +206,17 @@ def test_debug_shows_where_an_error_comes_from(monkeypatch, capsys):
 
 
 def test_bugs_are_70_and_want_of_memory_is_71(capsys):
-    assert cli._fail_otherwise(KeyError("x")) == HforceError.exit_code == 70
+    assert shell.fail_otherwise(KeyError("x")) == HforceError.exit_code == 70
     told = capsys.readouterr().err
     assert told.startswith("KeyError")
     assert f"this is a bug of hforce {hforce.__version__}: KeyError" in told
-    assert cli._fail_otherwise(MemoryError()) == 71
-    assert cli._fail_otherwise(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")) == 71
+    assert shell.fail_otherwise(MemoryError()) == 71
+    assert shell.fail_otherwise(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")) == 71
     assert capsys.readouterr().err.count("hforce: error: out of memory") == 2
 
 
 def test_messages_cannot_command_the_terminal(capsys):
-    assert cli._fail(HforceError("a \x1b[31m b \u202e c \x07 d\n[/e]")) == 70
+    assert shell.fail(HforceError("a \x1b[31m b \u202e c \x07 d\n[/e]")) == 70
     assert capsys.readouterr().err == "hforce: error: a \\x1b[31m b \\u202e c \\x07 d\n[/e]\n"
 
 

@@ -1,0 +1,85 @@
+"""How a command ends: exit codes, error lines, signals, and text that is safe to print."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+import typer
+
+import hforce
+from hforce.errors import HforceError, InterruptedRun, UsageError
+
+UNSEEN = "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of what follows
+GLOBAL = ("-q", "--quiet", "-v", "--verbose", "--debug")  # may stand before or after the command
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error, with control characters made visible."""
+    typer.echo("".join(c if c in "\n\t" or _is_harmless(c) else repr(c)[1:-1] for c in text), err=True)
+
+
+def _is_harmless(char: str) -> bool:
+    return char.isprintable() and char not in UNSEEN
+
+
+def fail(error: HforceError) -> int:
+    """Tells of an error and how to mend it -> its exit code."""
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    say(f"hforce: error: {error}")
+    if error.mend:
+        say(f"  hint: {error.mend}")
+    return error.exit_code
+
+
+def run(app: typer.Typer) -> int:
+    """Runs the command line -> exit code. Every expected failure is a line on standard error, never a traceback."""
+    everywhere = [a for a in sys.argv[1:] if a in GLOBAL]
+    rest = [a for a in sys.argv[1:] if a not in GLOBAL]
+    try:
+        code = app([*everywhere, *(rest or ["--help"])], prog_name="hforce", standalone_mode=False) or 0
+        return code if rest else UsageError.exit_code
+    except HforceError as error:
+        return fail(error)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # nobody reads the results any more
+            return 141
+        raise
+    except Exception as error:
+        return fail_otherwise(error)
+
+
+def fail_otherwise(error: Exception) -> int:
+    """Exit code of an error that is not hforce's own: of the option parser, for want of memory, or a bug."""
+    if hasattr(error, "format_message"):
+        command = getattr(getattr(error, "ctx", None), "command_path", "hforce")
+        return fail(UsageError(error.format_message(), f"{command} --help"))
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+        fail(HforceError("out of memory", "make the video smaller, or use another --policy"))
+        return 71
+    traceback.print_exception(error)
+    say(f"hforce: this is a bug of hforce {hforce.__version__}: {type(error).__name__}")
+    return HforceError.exit_code
+
+
+def start(app: typer.Typer) -> None:
+    """Runs the command line and leaves with its exit code."""
+    _on_signal(signal.SIGTERM, 75)
+    _on_signal(signal.SIGINT, 130)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths that are no text come out as they went in
+    sys.exit(run(app))
+
+
+def _on_signal(number: int, code: int) -> None:
+    """Turns a request to stop into an error, so that files are closed and what was made is kept."""
+
+    def stop(*_: object) -> None:
+        raise InterruptedRun(f"stopped by signal {signal.Signals(number).name}", code)
+
+    handler: Callable[..., None] = stop
+    signal.signal(number, handler)
