@@ -27,7 +27,8 @@ PACKAGED = Path(__file__).with_name("tiny.safetensors")
 VOCABULARY = tuple((slot, word) for slot, words in SLOTS.items() for word in words)
 WORD_INDEX = {pair: index for index, pair in enumerate(VOCABULARY)}
 DIT = WanConfig(
-    dim=144, ffn_dim=432, layers=8, heads=6, text_dim=32, text_len=len(SLOTS), in_channels=12, out_channels=12
+    dim=144, ffn_dim=432, layers=8, heads=6, text_dim=32, text_len=len(SLOTS), in_channels=12, out_channels=12,
+    patch=(1, 1, 1),
 )  # fmt: skip
 CODEC = TaehvConfig(
     latent_channels=12, encoder_width=32, decoder_widths=(64, 48, 32, 32),

@@ -119,26 +119,30 @@ def sheet(videos: Sequence[Video], path: Path, moments: int = 8) -> None:
 def curves(log_file: Path) -> Iterator[tuple[str, list[float], list[float]]]:
     """Training curves out of log.jsonl: name, steps, values."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
-    for stage, value in (("codec", "psnr"), ("validation", "clip"), ("validation", "first"), ("transformer", "loss")):
+    parts = [("codec", "psnr")]
+    for phase in ("coarse", "fine"):
+        parts += [(phase, "loss"), (f"{phase} held out", "clip"), (f"{phase} held out", "first")]
+    for stage, value in parts:
         chosen = [line for line in lines if line["stage"] == stage]
         yield f"{stage} {value}", [line["step"] for line in chosen], [line[value] for line in chosen]
 
 
 def plot_curves(log_file: Path, path: Path) -> None:
-    """Codec quality on the left, losses of the transformer on the right."""
+    """A panel for each stage that is trained: quality of the codec, losses of the transformer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    for name, steps, values in curves(log_file):
-        (left if name.startswith("codec") else right).plot(steps, values, label=name, linewidth=1)
-    left.set(title="codec", xlabel="step", ylabel="PSNR of training batches, dB")
-    right.set(title="transformer", xlabel="step", ylabel="weighted flow loss", yscale="log")
-    for axes in (left, right):
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 3.5), layout="constrained")
+    for axes, stage in zip(panels, ("codec", "coarse", "fine"), strict=True):
+        for name, steps, values in curves(log_file):
+            if name.startswith(stage):
+                axes.plot(steps, values, label=name.removeprefix(f"{stage} "), linewidth=1)
+        axes.set(title=stage, xlabel="step", ylabel="weighted flow loss", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
+    panels[0].set(ylabel="PSNR of training batches, dB", yscale="linear")
     figure.savefig(path, dpi=110)
 
 
