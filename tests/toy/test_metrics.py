@@ -251,7 +251,8 @@ def test_short_films_are_read(frames):
     scores = score(read_frames(render(BOUNCING, frames)), BOUNCING)
     assert scores.one_object.tolist() == [1]
     changes = drift(read_frames(render(BOUNCING, frames)), BOUNCING)
-    assert [name for name, change in changes.items() if not np.isfinite(change)] == [*["continuity"] * (frames == 1), "on_time"]
+    unknown = {name for name, change in changes.items() if not np.isfinite(change)}
+    assert unknown == {"on_time"} | ({"continuity"} if frames == 1 else set())
 
 
 def test_a_long_film_is_read_as_its_parts(monkeypatch):
