@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from safetensors.torch import save_file
 from tests.weightfiles import diffusers, shapes_of, wrapped, write, write_hollow, write_shards
 from torch import nn
 
-from hforce.build import advise
-from hforce.config import SampleConfig, load_config
+from hforce.build import choose_family
 from hforce.models.dit import CausalWan, WanConfig
-from hforce.models.families import FAMILIES
+from hforce.models.families import find_family
 from hforce.models.sizes import KNOWN
 from hforce.models.wan_files import TEXT, TOKENIZER, VAE
 from hforce.which_model import which_model
@@ -107,26 +105,29 @@ def test_what_is_missing_is_told_with_a_way_out(command, tmp_path, monkeypatch):
 # Settings of a release
 
 
-def advice(caplog, name: str, sample: SampleConfig) -> list[str]:
-    caplog.clear()
-    advise(next(family for family in FAMILIES if family.name == name), sample)
-    return [record.getMessage() for record in caplog.records]
+def test_the_release_is_the_one_that_was_named(caplog):
+    style, plain = find_family("self-forcing-style"), find_family("self-forcing")
+    assert choose_family("", style) is style
+    assert choose_family("causvid", style).recipe.steps == (1000, 757, 522)
+    assert caplog.text == ""
+    assert choose_family("causvid", plain).name == "causvid"
+    assert "taken for causvid, as model.release says; it looks like self-forcing" in caplog.text
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_settings_that_belong_to_a_release_are_a_line_to_paste(caplog, family):
-    lines = [told.partition("give them with: ")[2] for told in advice(caplog, family.name, SampleConfig())]
-    words = [word for line in lines for word in shlex.split(line) if word != "--set"]
-    sample = load_config("wan2.1", overrides=words).sample
-    wanted = (list(family.steps), list(family.first_steps), family.warp, family.shift)
-    assert (sample.steps, sample.first_steps, sample.warp, sample.shift) == wanted
-    assert [told for told in advice(caplog, family.name, sample) if "give them with" in told] == []
-    assert len(lines) == bool(words) + bool(family.note)
+def test_a_release_that_is_not_known_names_the_nearest(command):
+    line = ("generate", "-m", "wan2.1", "-p", "a fox", "--set")
+    command(*line, "model.release=causvit").fails(2, "model.release: unknown 'causvit' (did you mean 'causvid'?)")
+    command("generate", "-p", "red", "--set", "model.release=causvid").fails(2, "the model is of no release")
 
 
-def test_settings_that_somebody_gave_are_left_alone(caplog):
-    assert len(advice(caplog, "causvid", SampleConfig())) == 1
-    assert advice(caplog, "causvid", SampleConfig(shift=7.0)) == []
+def test_a_configuration_says_what_is_left_to_the_release(command):
+    told = command("generate", "-m", "wan2.1", "--set", "model.release=causvid", "--print-config").out
+    assert "as causvid has it" in told
+    assert "steps: [1000, 757, 522], first_steps: [], warp: false, shift: 8.0, chunk: 3" in told
+    assert yaml.safe_load(told)["sample"]["steps"] is None
+    told = command("generate", "--set", "sample.shift=3", "--print-config").out
+    assert "steps: [1000, 750, 500, 250], first_steps: [], warp: true, shift: 5.0, chunk: 3" in told
+    assert yaml.safe_load(told)["sample"]["shift"] == 3.0
 
 
 # Videos
@@ -162,3 +163,17 @@ def test_a_checkpoint_becomes_a_video_of_the_exact_length(command, base, tmp_pat
     assert (told["model"]["name"], told["model"]["checkpoint"], told["frames"]) == ("wan2.1", name, 21)
     assert len(list((tmp_path / "texts").iterdir())) == 1
     assert f"hforce: {'self-forcing' if name.endswith('.pt') else 'wan2.1'}" in done.err
+
+
+def test_a_release_that_was_named_brings_its_settings_but_those_given(command, base, tmp_path):
+    FORMATS["bare.safetensors"](tmp_path / "student.safetensors")
+    options = ["-d", "1s", "--size", "32x48", "--set", "cache.roles=uniform", "--set", f"model.base={base}"]
+    options += ["--set", "model.release=causal-forcing-2step", "--set", "sample.shift=3", "--policy", "window"]
+    done = command("generate", "-v", "-m", "student.safetensors", *options, "-p", "a red fox", "-o", "a.mp4")
+    assert done.code == 0, done.err
+    assert "streaming as causal-forcing-2step" in done.err
+    told = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert told["release"] == {"name": "causal-forcing-2step", "window": 0, "sink": 0}
+    wanted = {"steps": [1000, 500], "first_steps": [1000, 750, 500, 250], "warp": True, "shift": 3.0, "chunk": 1}
+    assert {name: told["sample"][name] for name in wanted} == wanted
+    assert (told["chunks"], told["frames"], told["size"]) == (5, 17, [32, 48])

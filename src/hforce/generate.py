@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hforce
-from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache
+from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache, effective
 from hforce.config import Config
 from hforce.documents import read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
@@ -199,7 +199,9 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
         {"chunk": start, "prompt": shot.prompt, "reads": backbone.encode_text.reads(shot.prompt)}
         for start, shot in zip(starts, job.shots, strict=True)
     ]
-    settings = {"model": asdict(config.model), "cache": asdict(config.cache), "sample": asdict(config.sample)}
+    family, recipe = backbone.family, asdict(effective(config.sample, backbone.family))
+    seen = {name: recipe.pop(name) for name in ("window", "sink")}
+    settings = {"model": asdict(config.model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
     return {
         "kind": SIDECAR,
         "schedule": schedule,
@@ -210,6 +212,7 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
         "video": asdict(config.video),
         **settings,
         "fingerprint": backbone.fingerprint,
+        "release": {"name": family.name if family else "", **seen},
         "versions": {"hforce": hforce.__version__, "torch": torch.__version__},
     }
 
