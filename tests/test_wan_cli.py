@@ -26,6 +26,7 @@ with torch.random.fork_rng():
     MODEL = CausalWan(WanConfig(256, 256, 2, 2, text_dim=32))
     nn.init.normal_(MODEL.head.head.weight, std=0.05)
 STATE = {name: value.detach() for name, value in MODEL.state_dict().items()}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORMATS = {
     "self_forcing.pt": lambda path: torch.save({"generator_ema": wrapped(STATE)}, path),
     "bare.safetensors": lambda path: write(STATE, path),
@@ -100,6 +101,40 @@ def test_what_is_missing_is_told_with_a_way_out(command, tmp_path, monkeypatch):
     done = command(*line, "-m", "x.pt", "--set", "model.base=base")
     done.fails(69, "not installed: ftfy", 'pip install "hforce[wan]"')
     assert not (tmp_path / "out" / "videos" / "a fox-0.mp4").exists()
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's cache with a repository of one commit, which `main` is."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    return folder / "snapshots" / COMMIT
+
+
+def test_a_name_on_the_hub_is_a_model_of_the_family(command):
+    for name in ("org/name", "org/name:w.pt", "org/name@v2:w.pt"):
+        assert which_model(name) == ("wan2.1", "", name)
+    told = command("generate", "-m", "org/name", "--revision", "v2", "--offline", "--device", "cpu", "--print-config")
+    model = yaml.safe_load(told.out)["model"]
+    assert (model["name"], model["checkpoint"]) == ("wan2.1", "org/name")
+    assert (model["revision"], model["offline"], model["device"]) == ("v2", True, "cpu")
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (["-m", "org/other"], "hf download org/other"),
+    (["-m", "org/name:w.pt", "--revision", "v2"], "hf download org/name w.pt --revision v2"),
+    (["-m", "org/name@v2:w.pt"], "hf download org/name w.pt --revision v2"),
+])  # fmt: skip
+def test_offline_what_is_not_cached_is_69(command, hub, tmp_path, options, told):
+    done = command("generate", *options, "--offline", "-p", "a fox", "-o", "out")
+    done.fails(69, f"offline, and not in the cache {tmp_path / 'cache'}", told)
 
 
 # Settings of a release
@@ -177,3 +212,14 @@ def test_a_release_that_was_named_brings_its_settings_but_those_given(command, b
     wanted = {"steps": [1000, 500], "first_steps": [1000, 750, 500, 250], "warp": True, "shift": 3.0, "chunk": 1}
     assert {name: told["sample"][name] for name in wanted} == wanted
     assert (told["chunks"], told["frames"], told["size"]) == (5, 17, [32, 48])
+
+
+def test_a_model_of_the_hub_is_kept_with_its_commit_in_the_sidecar(command, base, hub, tmp_path):
+    write(STATE, hub / "w.safetensors")
+    line = ["--offline", "-d", "1s", "--size", "32x32", "--set", "cache.roles=uniform", "--set", f"model.base={base}"]
+    done = command("generate", "-m", "org/name:w.safetensors", *line, "-p", "a red fox", "-o", "a.mp4")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert told["model"]["checkpoint"] == f"org/name@{COMMIT}:w.safetensors"
+    again = command("generate", "-m", told["model"]["checkpoint"], *line, "-p", "a red fox", "-o", "a.mp4")
+    assert "was there already" in again.err

@@ -17,10 +17,11 @@ from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
-from hforce.config import CacheConfig, Config, SampleConfig
+from hforce.config import CacheConfig, Config, ModelConfig, SampleConfig
 from hforce.errors import ConfigError, DataError, InputError
 from hforce.models.base import Backbone, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
+from hforce.models.hub import pin, read_id, resolve
 from hforce.models.registry import load_backbone
 from hforce.prompts import Shot
 from hforce.resources import resource
@@ -30,6 +31,7 @@ from hforce.units import parse_size
 
 log = logging.getLogger(__name__)
 
+HUB_PARTS = ("checkpoint", "base", "lora", "vae")  # settings of a model that may be names on the hub
 ROUNDING = 1e-6  # video frames by which a length in seconds may miss the whole number it was made from
 
 
@@ -53,7 +55,7 @@ def build_backbone(config: Config) -> Backbone:
     """
     model = config.model
     set_threads(model.threads)
-    source = Source(model.checkpoint, model.base, model.lora, model.vae, model.texts)
+    source = build_source(model)
     size = parse_size(model.size) if model.size else None
     backbone = load_backbone(model.name, source, size, model.device, model.dtype)
     family = choose_family(model.release, backbone.family)
@@ -63,6 +65,21 @@ def build_backbone(config: Config) -> Backbone:
     if family and family.note:
         log.warning("%s: %s", family.name, family.note)
     return replace(backbone, family=family, geometry=replace(backbone.geometry, chunk=recipe.chunk))
+
+
+def pin_model(model: ModelConfig) -> ModelConfig:
+    """The same with every name on the hub at the commit that it stands for now. Raises what `hub.pin` raises."""
+    pinned: dict[str, Any] = {part: pin(getattr(model, part), offline=model.offline) for part in HUB_PARTS[1:]}
+    checkpoint = pin(model.checkpoint, model.revision, model.offline)
+    return replace(model, checkpoint=checkpoint, revision="", **pinned)
+
+
+def build_source(model: ModelConfig) -> Source:
+    """Where the parts of a model lie, those on the hub fetched. Raises what `hub.pin` raises."""
+    pinned = pin_model(model)
+    names = {part: getattr(pinned, part) for part in HUB_PARTS}
+    places = {part: str(resolve(name, offline=True)) if read_id(name) else name for part, name in names.items()}
+    return Source(**places, texts=model.texts)
 
 
 def choose_family(release: str, recognised: Family | None) -> Family | None:

@@ -32,6 +32,8 @@ class ModelConfig:
     base: str = ""  # folder (or org/name) of a Wan2.1 release with the other parts; empty: the folder `checkpoint`
     lora: str = ""  # adapter to merge into the checkpoint
     vae: str = ""  # file of an autoencoder to take instead of the release's, as taew2_1.pth
+    revision: str = ""  # commit, tag or branch of a `checkpoint` on the hub; empty: the newest, and kept in the sidecar
+    offline: bool = False  # take only what the hub's cache has
     release: str = ""  # a line of the table in docs/models.md; empty: as the weights are recognised
     texts: str = ""  # folder where embeddings of prompts are kept; empty: ~/.cache/hforce/texts
     size: str = ""  # "832x480", width x height in pixels; empty: the model's own

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hforce
-from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache, effective
+from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache, effective, pin_model
 from hforce.config import Config
 from hforce.documents import read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
@@ -83,6 +83,7 @@ def run(
     """
     targets = choose_targets(items, output)
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
+    config = replace(config, model=pin_model(config.model))
     backbone = build_backbone(config)
     check_cache(config.cache, backbone)
     jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]

@@ -12,6 +12,7 @@ from hforce.errors import ConfigError, UnavailableError
 from hforce.models.base import Backbone, Loader, Source
 from hforce.models.tiny import load_tiny
 from hforce.models.wan import LARGE, SMALL, load_wan
+from hforce.rules import nearest
 
 PACKAGED = Source()  # weights that come with hforce, where there are any
 MODELS: Mapping[str, Loader] = MappingProxyType({
@@ -31,7 +32,7 @@ def load_backbone(
 ) -> Backbone:
     """A model by name. Raises ConfigError for an unknown one, UnavailableError for a device that is not there."""
     if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}", f"known models: {', '.join(MODELS)}")
+        raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS)}", f"known models: {', '.join(MODELS)}")
     return MODELS[name](source, size, find_device(device), dtype)
 
 
@@ -44,5 +45,5 @@ def find_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = torch.cuda.device_count()
         message = f"device {name!r} cannot be used here ({found} CUDA devices)"
-        raise UnavailableError(message, "use model.device=cpu") from error
+        raise UnavailableError(message, "use --device cpu") from error
     return name
