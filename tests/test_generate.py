@@ -372,7 +372,8 @@ def test_chunks_made_before_the_numbers_run_away_are_kept(settings, weights, tmp
     config = settings(f"model.checkpoint={model}")
     ((target, error),) = generate.run(config, [item], tmp_path, "error", lambda _: None).failed
     kept = tmp_path / "work" / "odd-0.part.mp4"
-    assert str(error) == f"chunk 3 holds values that are not finite; what was made until then is in {kept}"
+    told = "chunk 3 holds values that are not finite after denoising; what was made until then is in"
+    assert str(error) == f"{told} {kept}"
     assert (type(error), error.exit_code) == (DataError, 65)
     assert "model.dtype=float32" in error.mend
     assert len(pictures(kept)) == 33  # chunks 0, 1 and 2
