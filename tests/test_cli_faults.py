@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
     (["--set", "cache.memory.options.episode=3"], 2, "did you mean 'episodes'?"),
     (["--set", "cache.memory.options.window=40"], 2, "leaves room for 18"),
     (["--device", "cuda:99"], 69, "use --device cpu"),
-    (["--device", "gpu"], 2, "--device: unknown 'gpu'; known are auto, cpu, cuda, mps, cuda:N"),
+    (["--device", "gpu"], 2, "--device: unknown 'gpu' (did you mean 'cpu'?); known are auto, cpu,"),
     (["-m", "huge"], 2, "known models: tiny"),
     (["-m", "tny"], 2, "unknown model 'tny' (did you mean 'tiny'?)"),
     (["--revision", "v2"], 2, "revision v2 goes with a name on the hub, not with "),

@@ -194,10 +194,15 @@ def test_other_errors_are_not_taken_for_want_of_memory():
             torch.ones(2) + torch.ones(3)
 
 
-def test_a_gpu_says_it_in_words_of_its_own():
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+])  # fmt: skip
+def test_a_gpu_says_it_in_words_of_its_own(error):
     with pytest.raises(RoomError):
         with memory_for("working"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            raise error
 
 
 # Devices

@@ -97,7 +97,7 @@ def generate(
     ] = None,
     seed: SeedOption = None,
     policy: Annotated[
-        str, Option("--policy", metavar="NAME", help="head-forcing, hf-10, hf-11, hf-15, window, sink, full, ...")
+        str, Option("--policy", metavar="NAME", help="head-forcing, hf-10, hf-11, hf-15, window, sink, full...")
     ] = "",
     roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
     profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",

@@ -96,9 +96,9 @@ class InterruptedRun(HforceError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is Python's, PyTorch's or a driver's way to say that there is no memory left."""
-    words = str(error).lower()
-    by_words = "can't allocate memory" in words or "out of memory" in words
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and by_words)
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    return any(words in str(error).lower() for words in ("can't allocate memory", "out of memory", "alloc_failed"))
 
 
 @contextmanager

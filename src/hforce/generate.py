@@ -211,7 +211,8 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
     ]
     family, recipe = backbone.family, asdict(effective(config.sample, backbone.family))
     seen = {name: recipe.pop(name) for name in ("window", "sink")}
-    settings = {"model": asdict(config.model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
+    model = replace(config.model, offline=False)  # how the files came here says nothing of the video
+    settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
     return {
         "kind": SIDECAR,
         "schedule": schedule,

@@ -106,7 +106,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, device: str) ->
     for name in model.state_dict():
         # A copy always: what is mapped must not be written to, nor change with its file.
         weights[name] = checkpoint.state[name].to(device=device, dtype=dtype, copy=True).contiguous()
-        if not weights[name].abs().max() <= LARGEST:  # NaN is not, either
+        if not float(weights[name].abs().max()) <= LARGEST:  # NaN is not, either
             odd.append(name)
     if odd:
         what = f"{len(odd)} tensors are not finite as {dtype}, or above {LARGEST:g}"

@@ -14,7 +14,6 @@ HUB_ID = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>[\w-][\w./ -]*))?"
 )
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")  # a name that ends so is a file, not a repository
-SNAPSHOTS = "snapshots"  # the folder of the hub's cache with one folder for every commit
 WANTED = ["*.safetensors", "*.json", "*.pt", "*.pth", "*.model", "*.txt"]  # of a whole repository
 
 
@@ -73,8 +72,10 @@ def pin(path_or_id: str, revision: str = "", offline: bool = False) -> str:
     found = read_id(path_or_id, revision)
     if not found:
         return path_or_id
-    parts = _fetch(found, offline).parts  # .../snapshots/COMMIT/...
-    return str(replace(found, revision=parts[len(parts) - parts[::-1].index(SNAPSHOTS)]))
+    folder = _fetch(found, offline)  # .../snapshots/COMMIT, or the file in it
+    for _ in Path(found.file).parts:
+        folder = folder.parent
+    return str(replace(found, revision=folder.name))
 
 
 def _fetch(wanted: HubId, offline: bool) -> Path:

@@ -33,8 +33,10 @@ def load_backbone(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Backbone:
-    """A model by name. Raises ConfigError for an unknown one, UnavailableError for a device or a dtype that
-    is not there."""
+    """A model by name.
+
+    Raises ConfigError for an unknown one, UnavailableError for a device that is not there or lacks the dtype.
+    """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS)}", f"known models: {', '.join(MODELS)}")
     place = find_device(device)

@@ -55,9 +55,9 @@ def open_safetensors(path: Path, framework: str = "pt") -> Any:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        told = described_bytes(path)
-        size = f"{path.stat().st_size} bytes" + (f", of {told} that it should have" if told else "")
-        message = f"{path} is not a whole safetensors file ({size}): {reason}"
+        size, due = path.stat().st_size, described_bytes(path)
+        lack = f", of {due} that it should have" if due > size else ""
+        message = f"{path} is not a whole safetensors file ({size} bytes{lack}): {reason}"
         pickled = start.startswith((ZIPPED, PICKLED))
         mend = "it is a pickle (.pt): convert it to safetensors" if pickled else way_out(start)
         raise CheckpointError(message, mend) from error
