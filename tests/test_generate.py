@@ -132,10 +132,22 @@ def test_a_short_video_is_the_beginning_of_a_long_one(settings, setup):
 
 def test_every_setup_runs_and_remembers_in_its_own_way(settings):
     made = [play(settings(f"cache.setup={setup}", seconds=7))[0] for setup in SETUPS]
-    assert [len(latents) for latents in made] == [30] * 7
-    for one, other in combinations(made, 2):
+    assert [len(latents) for latents in made] == [30] * 10
+    named = dict(zip(SETUPS, made, strict=True))
+    assert torch.equal(named.pop("hf-11"), named["head-forcing"])
+    for one, other in combinations(named.values(), 2):
         torch.testing.assert_close(one[:3], other[:3], atol=1e-4, rtol=0)  # the first chunk has no past
         assert (one[-3:] - other[-3:]).abs().max() > 1e-3
+
+
+def test_a_model_that_makes_one_frame_at_a_time_makes_no_more_than_asked(settings, tmp_path):
+    config = settings("sample.chunk=1", "cache.switch=recache", seconds=3)
+    shots = [Shot(CIRCLE, 1.5), Shot(SQUARE)]
+    result = generate.run(config, [Item("a", tuple(shots), seconds=3.0)], tmp_path, "error", lambda _: None)
+    told = json.loads(result.made[0].sidecar.read_text())
+    assert [shot["chunk"] for shot in told["schedule"]] == [0, 6]
+    assert (told["chunks"], told["frames"], told["sample"]["chunk"]) == (13, 49, 1)
+    assert len(pictures(result.made[0].video)) == 49
 
 
 # Prompts
@@ -360,7 +372,8 @@ def test_chunks_made_before_the_numbers_run_away_are_kept(settings, weights, tmp
     config = settings(f"model.checkpoint={model}")
     ((target, error),) = generate.run(config, [item], tmp_path, "error", lambda _: None).failed
     kept = tmp_path / "work" / "odd-0.part.mp4"
-    assert str(error) == f"chunk 3 holds values that are not finite; what was made until then is in {kept}"
+    told = "chunk 3 holds values that are not finite after denoising; what was made until then is in"
+    assert str(error) == f"{told} {kept}"
     assert (type(error), error.exit_code) == (DataError, 65)
     assert "model.dtype=float32" in error.mend
     assert len(pictures(kept)) == 33  # chunks 0, 1 and 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from safetensors.torch import save_file
 from tests.weightfiles import diffusers, shapes_of, wrapped, write, write_hollow, write_shards
 from torch import nn
 
-from hforce.build import advise
-from hforce.config import SampleConfig, load_config
+from hforce.build import choose_family
 from hforce.models.dit import CausalWan, WanConfig
-from hforce.models.families import FAMILIES
+from hforce.models.families import find_family
 from hforce.models.sizes import KNOWN
 from hforce.models.wan_files import TEXT, TOKENIZER, VAE
 from hforce.which_model import which_model
@@ -28,6 +26,7 @@ with torch.random.fork_rng():
     MODEL = CausalWan(WanConfig(256, 256, 2, 2, text_dim=32))
     nn.init.normal_(MODEL.head.head.weight, std=0.05)
 STATE = {name: value.detach() for name, value in MODEL.state_dict().items()}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORMATS = {
     "self_forcing.pt": lambda path: torch.save({"generator_ema": wrapped(STATE)}, path),
     "bare.safetensors": lambda path: write(STATE, path),
@@ -104,29 +103,66 @@ def test_what_is_missing_is_told_with_a_way_out(command, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "videos" / "a fox-0.mp4").exists()
 
 
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's cache with a repository of one commit, which `main` is."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    return folder / "snapshots" / COMMIT
+
+
+def test_a_name_on_the_hub_is_a_model_of_the_family(command):
+    for name in ("org/name", "org/name:w.pt", "org/name@v2:w.pt"):
+        assert which_model(name) == ("wan2.1", "", name)
+    told = command("generate", "-m", "org/name", "--revision", "v2", "--offline", "--device", "cpu", "--print-config")
+    model = yaml.safe_load(told.out)["model"]
+    assert (model["name"], model["checkpoint"]) == ("wan2.1", "org/name")
+    assert (model["revision"], model["offline"], model["device"]) == ("v2", True, "cpu")
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (["-m", "org/other"], "hf download org/other"),
+    (["-m", "org/name:w.pt", "--revision", "v2"], "hf download org/name w.pt --revision v2"),
+    (["-m", "org/name@v2:w.pt"], "hf download org/name w.pt --revision v2"),
+])  # fmt: skip
+def test_offline_what_is_not_cached_is_69(command, hub, tmp_path, options, told):
+    done = command("generate", *options, "--offline", "-p", "a fox", "-o", "out")
+    done.fails(69, f"offline, and not in the cache {tmp_path / 'cache'}", told)
+
+
 # Settings of a release
 
 
-def advice(caplog, name: str, sample: SampleConfig) -> list[str]:
-    caplog.clear()
-    advise(next(family for family in FAMILIES if family.name == name), sample)
-    return [record.getMessage() for record in caplog.records]
+def test_the_release_is_the_one_that_was_named(caplog):
+    style, plain = find_family("self-forcing-style"), find_family("self-forcing")
+    assert choose_family("", style) is style
+    assert choose_family("causvid", style).recipe.steps == (1000, 757, 522)
+    assert caplog.text == ""
+    assert choose_family("causvid", plain).name == "causvid"
+    assert "taken for causvid, as model.release says; it looks like self-forcing" in caplog.text
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_settings_that_belong_to_a_release_are_a_line_to_paste(caplog, family):
-    lines = [told.partition("give them with: ")[2] for told in advice(caplog, family.name, SampleConfig())]
-    words = [word for line in lines for word in shlex.split(line) if word != "--set"]
-    sample = load_config("wan2.1", overrides=words).sample
-    wanted = (list(family.steps), list(family.first_steps), family.warp, family.shift)
-    assert (sample.steps, sample.first_steps, sample.warp, sample.shift) == wanted
-    assert [told for told in advice(caplog, family.name, sample) if "give them with" in told] == []
-    assert len(lines) == bool(words) + bool(family.note)
+def test_a_release_that_is_not_known_names_the_nearest(command):
+    line = ("generate", "-m", "wan2.1", "-p", "a fox", "--set")
+    command(*line, "model.release=causvit").fails(2, "model.release: unknown 'causvit' (did you mean 'causvid'?)")
+    command("generate", "-p", "red", "--set", "model.release=causvid").fails(2, "the model is of no release")
 
 
-def test_settings_that_somebody_gave_are_left_alone(caplog):
-    assert len(advice(caplog, "causvid", SampleConfig())) == 1
-    assert advice(caplog, "causvid", SampleConfig(shift=7.0)) == []
+def test_a_configuration_says_what_is_left_to_the_release(command):
+    told = command("generate", "-m", "wan2.1", "--set", "model.release=causvid", "--print-config").out
+    assert "as causvid has it" in told
+    assert "steps: [1000, 757, 522], first_steps: [], warp: false, shift: 8.0, chunk: 3" in told
+    assert yaml.safe_load(told)["sample"]["steps"] is None
+    told = command("generate", "--set", "sample.shift=3", "--print-config").out
+    assert "steps: [1000, 750, 500, 250], first_steps: [], warp: true, shift: 5.0, chunk: 3" in told
+    assert yaml.safe_load(told)["sample"]["shift"] == 3.0
 
 
 # Videos
@@ -162,3 +198,28 @@ def test_a_checkpoint_becomes_a_video_of_the_exact_length(command, base, tmp_pat
     assert (told["model"]["name"], told["model"]["checkpoint"], told["frames"]) == ("wan2.1", name, 21)
     assert len(list((tmp_path / "texts").iterdir())) == 1
     assert f"hforce: {'self-forcing' if name.endswith('.pt') else 'wan2.1'}" in done.err
+
+
+def test_a_release_that_was_named_brings_its_settings_but_those_given(command, base, tmp_path):
+    FORMATS["bare.safetensors"](tmp_path / "student.safetensors")
+    options = ["-d", "1s", "--size", "32x48", "--set", "cache.roles=uniform", "--set", f"model.base={base}"]
+    options += ["--set", "model.release=causal-forcing-2step", "--set", "sample.shift=3", "--policy", "window"]
+    done = command("generate", "-v", "-m", "student.safetensors", *options, "-p", "a red fox", "-o", "a.mp4")
+    assert done.code == 0, done.err
+    assert "streaming as causal-forcing-2step" in done.err
+    told = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert told["release"] == {"name": "causal-forcing-2step", "window": 0, "sink": 0}
+    wanted = {"steps": [1000, 500], "first_steps": [1000, 750, 500, 250], "warp": True, "shift": 3.0, "chunk": 1}
+    assert {name: told["sample"][name] for name in wanted} == wanted
+    assert (told["chunks"], told["frames"], told["size"]) == (5, 17, [32, 48])
+
+
+def test_a_model_of_the_hub_is_kept_with_its_commit_in_the_sidecar(command, base, hub, tmp_path):
+    write(STATE, hub / "w.safetensors")
+    line = ["--offline", "-d", "1s", "--size", "32x32", "--set", "cache.roles=uniform", "--set", f"model.base={base}"]
+    done = command("generate", "-m", "org/name:w.safetensors", *line, "-p", "a red fox", "-o", "a.mp4")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert told["model"]["checkpoint"] == f"org/name@{COMMIT}:w.safetensors"
+    again = command("generate", "-m", told["model"]["checkpoint"], *line, "-p", "a red fox", "-o", "a.mp4")
+    assert "was there already" in again.err

@@ -6,22 +6,22 @@ import json
 import logging
 import math
 import os
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hforce.cache.heads import HeadCache
-from hforce.cache.policies import fits, make_policy
+from hforce.cache.policies import fits, make_policy, options_of
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
-from hforce.config import CacheConfig, Config, SampleConfig
-from hforce.errors import DataError, InputError
-from hforce.geometry import Geometry
+from hforce.config import CacheConfig, Config, ModelConfig, SampleConfig
+from hforce.errors import ConfigError, DataError, InputError
 from hforce.models.base import Backbone, Source
-from hforce.models.families import Family
+from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
+from hforce.models.hub import pin, read_id, resolve
 from hforce.models.registry import load_backbone
 from hforce.prompts import Shot
 from hforce.resources import resource
@@ -31,6 +31,7 @@ from hforce.units import parse_size
 
 log = logging.getLogger(__name__)
 
+HUB_PARTS = ("checkpoint", "base", "lora", "vae")  # settings of a model that may be names on the hub
 ROUNDING = 1e-6  # video frames by which a length in seconds may miss the whole number it was made from
 
 
@@ -48,32 +49,59 @@ class Plan:
 
 
 def build_backbone(config: Config) -> Backbone:
-    """The model of a configuration. Sets the number of CPU threads, and warns of settings that do not suit it."""
+    """The model of a configuration, of the release named there, or else as it is recognised, with that one's chunk.
+
+    Sets the number of CPU threads. Raises what `load_backbone` and `choose_family` raise.
+    """
     model = config.model
     set_threads(model.threads)
-    source = Source(model.checkpoint, model.base, model.lora, model.vae, model.texts)
+    source = build_source(model)
     size = parse_size(model.size) if model.size else None
     backbone = load_backbone(model.name, source, size, model.device, model.dtype)
-    if backbone.family:
-        advise(backbone.family, config.sample)
-    return backbone
-
-
-def advise(family: Family, sample: SampleConfig) -> None:
-    """Warns of what there is to know about a release, and of its own settings if they are others and none were given.
-
-    Nothing is changed: the settings of a run are those of its configuration.
-    """
-    names = ("steps", "first_steps", "warp", "shift")
-    own = {name: getattr(family, name) for name in names}
-    own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-    usual = {name: getattr(SampleConfig(), name) for name in names}
-    if own != usual and all(getattr(sample, name) == usual[name] for name in names):
-        texts = [f"sample.{name}={json.dumps(own[name])}" for name in names if own[name] != usual[name]]
-        line = shlex.join(word for text in texts for word in ("--set", text.replace(" ", "")))
-        log.warning("the weights are of %s, but its own settings are not used; give them with: %s", family.name, line)
-    if family.note:
+    family = choose_family(model.release, backbone.family)
+    recipe = effective(config.sample, family)
+    if family:
+        log.info("streaming as %s: %s", family.name, json.dumps(asdict(recipe)))
+    if family and family.note:
         log.warning("%s: %s", family.name, family.note)
+    return replace(backbone, family=family, geometry=replace(backbone.geometry, chunk=recipe.chunk))
+
+
+def pin_model(model: ModelConfig) -> ModelConfig:
+    """The same with every name on the hub at the commit that it stands for now. Raises what `hub.pin` raises."""
+    pinned: dict[str, Any] = {part: pin(getattr(model, part), offline=model.offline) for part in HUB_PARTS[1:]}
+    checkpoint = pin(model.checkpoint, model.revision, model.offline)
+    return replace(model, checkpoint=checkpoint, revision="", **pinned)
+
+
+def build_source(model: ModelConfig) -> Source:
+    """Where the parts of a model lie, those on the hub fetched. Raises what `hub.pin` raises."""
+    pinned = pin_model(model)
+    names = {part: getattr(pinned, part) for part in HUB_PARTS}
+    places = {part: str(resolve(name, offline=True)) if read_id(name) else name for part, name in names.items()}
+    return Source(**places, texts=model.texts)
+
+
+def choose_family(release: str, recognised: Family | None) -> Family | None:
+    """The release that was named, or else what the weights were recognised as.
+
+    Raises ConfigError for a name given to a model that is of no release.
+    """
+    if not release:
+        return recognised
+    if not recognised:
+        raise ConfigError(f"model.release names {release}, but the model is of no release", "leave it out")
+    if recognised.name not in (release, find_family(release).taken_for):
+        log.warning("taken for %s, as model.release says; it looks like %s", release, recognised.name)
+    return find_family(release)
+
+
+def effective(sample: SampleConfig, family: Family | None) -> Recipe:
+    """How a model streams: as the configuration says; what is null there, as its release does, or Self-Forcing."""
+    own = family.recipe if family else SELF_FORCING
+    given = {name: value for name, value in vars(sample).items() if name in vars(own) and value is not None}
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(own, **plain)
 
 
 def set_threads(wanted: int) -> None:
@@ -102,16 +130,17 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
     return Stream(
         backbone.model,
         cache,
-        build_sampling(config.sample),
+        build_sampling(config.sample, backbone.family),
         backbone.shape,
         seeded(config.sample.seed if seed is None else seed),
         Switch(config.cache.switch, config.cache.recache_frames),
     )
 
 
-def build_sampling(sample: SampleConfig) -> Sampling:
-    """The denoising steps."""
-    steps, first = (make_steps(s, sample.shift, sample.warp) for s in (sample.steps, sample.first_steps))
+def build_sampling(sample: SampleConfig, family: Family | None = None) -> Sampling:
+    """The denoising steps of a model of this family."""
+    recipe = effective(sample, family)
+    steps, first = (make_steps(s, recipe.shift, recipe.warp) for s in (recipe.steps, recipe.first_steps))
     return Sampling(steps, first, commit_timestep=float(sample.context_noise))
 
 
@@ -150,24 +179,36 @@ def check_cache(cache: CacheConfig, backbone: Backbone) -> None:
     """
     build_roles(cache, backbone)
     for role in HeadRole:
-        build_policy(cache, role, backbone.geometry, chunks=1)
+        build_policy(cache, role, backbone, chunks=1)
 
 
 def build_cache(cache: CacheConfig, backbone: Backbone, roles: RoleMap, chunks: int) -> HeadCache:
     """The cache, its memory allocated. `chunks` sizes the policy that keeps everything."""
     geometry = backbone.geometry
-    policies = {role: build_policy(cache, role, geometry, chunks) for role in HeadRole}
+    policies = {role: build_policy(cache, role, backbone, chunks) for role in HeadRole}
     weight = backbone.model.patch_embedding.weight
     return HeadCache(geometry, roles, policies, weight.dtype, str(weight.device))
 
 
-def build_policy(cache: CacheConfig, role: HeadRole, geometry: Geometry, chunks: int) -> CachePolicy:
-    """The policy of one role, with its options checked against the model's span."""
-    chosen = getattr(cache, role.value)
-    options = dict(chosen.options)
-    if chosen.policy == "full":
+def build_policy(cache: CacheConfig, role: HeadRole, backbone: Backbone, chunks: int) -> CachePolicy:
+    """The policy of one role, with its options checked against the model's span.
+
+    "window" without a number of frames is what the release was trained with, its sink included.
+    """
+    chosen, geometry = getattr(cache, role.value), backbone.geometry
+    name, options = chosen.policy, dict(chosen.options)
+    seen = backbone.family.recipe if backbone.family else SELF_FORCING
+    if name == "window" and seen.window and "frames" not in options:
+        if seen.sink:
+            name, own = "sink", {"sink": seen.sink, "window": seen.window - seen.sink - geometry.chunk}
+        else:
+            own = {"frames": seen.window}
+        options = own | options
+    if name == "full":
         options.setdefault("frames", chunks * geometry.chunk)
-    policy = make_policy(chosen.policy, **options)
+    if "chunk" in options_of(name):
+        options.setdefault("chunk", geometry.chunk)
+    policy = make_policy(name, **options)
     fits(policy, geometry.chunk, geometry.span, role.value)
     return policy
 

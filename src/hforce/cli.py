@@ -34,8 +34,11 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[
-    str, Option("--model", "-m", metavar="NAME|PATH", help="A preset, as tiny, or weights of Wan2.1's kind.")
+    str, Option("--model", "-m", metavar="NAME", help="A preset, as tiny; Wan2.1's weights; org/name of the hub.")
 ]
+DeviceOption = Annotated[str, Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps.  [default: auto]")]
+RevisionOption = Annotated[str, Option("--revision", metavar="REV", help="Commit, tag or branch of what -m names.")]
+OfflineOption = Annotated[bool, Option("--offline", help="Take from the hub only what is here already.")]
 SizeOption = Annotated[str, Option("--size", metavar="WxH", help="Pixels, as 64x64.  [default: the model's own]")]
 ConfigOption = Annotated[
     list[Path] | None, Option("--config", "-c", metavar="FILE", help="Settings (YAML); may be repeated.")
@@ -94,7 +97,7 @@ def generate(
     ] = None,
     seed: SeedOption = None,
     policy: Annotated[
-        str, Option("--policy", metavar="NAME", help="head-forcing, window, sink, full, uniform, random, inverse.")
+        str, Option("--policy", metavar="NAME", help="head-forcing, hf-10, hf-11, hf-15, window, sink, full...")
     ] = "",
     roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
     profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
@@ -103,6 +106,9 @@ def generate(
         str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
     ] = "skip",
     model: ModelOption = "",
+    revision: RevisionOption = "",
+    offline: OfflineOption = False,
+    device: DeviceOption = "",
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -115,6 +121,7 @@ def generate(
     flags: Flags = {"--duration": ("video.seconds", _seconds(duration)), "--seed": ("sample.seed", seed)}
     flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
     flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
+    flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     if frames is not None:
         settings.video.seconds = _count_seconds(frames, bool(duration), settings.video.fps)
@@ -154,6 +161,9 @@ def profile(
         float | None, Option("--local", metavar="SHARE", help="Share of the others that become local.")
     ] = None,
     model: ModelOption = "",
+    revision: RevisionOption = "",
+    offline: OfflineOption = False,
+    device: DeviceOption = "",
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -164,6 +174,7 @@ def profile(
     """
     flags: Flags = {"--prompt-file": ("profile.prompts", prompt_file), "--mode": ("profile.mode", mode)}
     flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local)}
+    flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     from hforce import profile as verb
     from hforce.cache.roles import load_profile
@@ -189,7 +200,7 @@ def profile(
 def bench(
     context: typer.Context,
     setups: Annotated[
-        str, Option("--setups", metavar="NAMES", help="Which to compare, as window,full,head-forcing.")
+        str, Option("--setups", metavar="NAMES", help="Which to compare, as window,hf-10,hf-11,hf-15.")
     ] = "",
     prompt_file: Annotated[
         str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts.  [default: four packaged ones]")
@@ -200,6 +211,9 @@ def bench(
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: PlotOption = None,
     model: ModelOption = "",
+    revision: RevisionOption = "",
+    offline: OfflineOption = False,
+    device: DeviceOption = "",
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -212,6 +226,7 @@ def bench(
     flags: Flags = {"--setups": ("bench.setups", named), "--prompt-file": ("bench.prompts", prompt_file)}
     flags |= {"--duration": ("bench.seconds", _seconds(duration)), "--seed": ("bench.seed", seed)}
     flags |= {"--suite": ("bench.suite", suite)}
+    flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     from hforce import bench as speed
     from hforce import length
@@ -233,6 +248,15 @@ def bench(
     if plot is not None:
         verb.plot(result, plot)
         typer.echo(plot)
+
+
+def _origin(revision: str, offline: bool, device: str) -> Flags:
+    """Where the model comes from, and where it runs."""
+    return {
+        "--revision": ("model.revision", revision),
+        "--offline": ("model.offline", offline or None),
+        "--device": ("model.device", device),
+    }
 
 
 def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] | None, flags: Flags) -> Config:

@@ -2,18 +2,20 @@
 
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_origin, get_type_hints
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hforce.errors import ConfigError, UsageError
+from hforce.models.families import FAMILIES, SELF_FORCING, find_family
 from hforce.resources import presets
 from hforce.rules import Rule, each, falling, nearest, one_of, seconds, size, within
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
@@ -30,6 +32,9 @@ class ModelConfig:
     base: str = ""  # folder (or org/name) of a Wan2.1 release with the other parts; empty: the folder `checkpoint`
     lora: str = ""  # adapter to merge into the checkpoint
     vae: str = ""  # file of an autoencoder to take instead of the release's, as taew2_1.pth
+    revision: str = ""  # commit, tag or branch of a `checkpoint` on the hub; empty: the newest, and kept in the sidecar
+    offline: bool = False  # take only what the hub's cache has
+    release: str = ""  # a line of the table in docs/models.md; empty: as the weights are recognised
     texts: str = ""  # folder where embeddings of prompts are kept; empty: ~/.cache/hforce/texts
     size: str = ""  # "832x480", width x height in pixels; empty: the model's own
     dtype: str = "auto"
@@ -61,12 +66,13 @@ class CacheConfig:
 
 @dataclass
 class SampleConfig:
-    """How one chunk is denoised. The defaults are Self-Forcing's (arXiv 2506.08009)."""
+    """How one chunk is denoised. What is null is left to the release: models/families.py has the table."""
 
-    steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # timesteps in 0..1000, falling
-    first_steps: list[int] = field(default_factory=list)  # of a shot's first chunk; empty: as `steps`
-    warp: bool = True  # look the timesteps up in the shifted schedule
-    shift: float = 5.0
+    steps: list[int] | None = None  # timesteps in 0..1000, falling
+    first_steps: list[int] | None = None  # of a shot's first chunk; empty: as `steps`
+    warp: bool | None = None  # look the timesteps up in the shifted schedule
+    shift: float | None = None
+    chunk: int | None = None  # latent frames denoised together
     context_noise: int = 0  # timestep 0..1000 at which the finished chunk is written to the cache
     seed: int = 0
 
@@ -128,8 +134,18 @@ def _uniform(policy: str, **options: Any) -> Mapping[str, Any]:
     return MappingProxyType({"roles": "uniform", "memory": RolePolicy(policy, options)})
 
 
+def _budget(episodes: int, window: int) -> Mapping[str, Any]:
+    """Head Forcing with so many frames for memory heads, and the usual ones for all others."""
+    return MappingProxyType({
+        "local": RolePolicy("local", {"window": 3}),
+        "anchor": RolePolicy("anchor", {"sink": 1, "window": 2}),
+        "memory": RolePolicy("memory", {"sink": 3, "episodes": episodes, "window": window}),
+    })
+
+
 # Named bundles: what each changes in CacheConfig. "uniform" gives every head the mean budget of head-forcing:
 # 15 % local 3, 25 % anchor 3 and 60 % memory 12 frames of the past are 8.4 in the mean, rounded up in its favour.
+# The N of the budgets hf-N is that mean with the chunk of 3 itself; the defaults of head-forcing are those of hf-11.
 SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "head-forcing": MappingProxyType({}),
     "random": MappingProxyType({"roles": "random:0"}),
@@ -138,11 +154,16 @@ SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "sink": _uniform("sink"),
     "window": _uniform("window"),
     "full": _uniform("full"),
+    "hf-10": _budget(episodes=3, window=3),
+    "hf-11": _budget(episodes=6, window=3),
+    "hf-15": _budget(episodes=9, window=6),
 })
 
 # Named experiments of `hforce bench`: what each changes in BenchConfig.
 SUITES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "tiny-length": MappingProxyType({"setups": list(SETUPS), "seconds": 120.0}),
+    "tiny-length": MappingProxyType({
+        "setups": ["head-forcing", "random", "inverse", "uniform", "sink", "window", "full"], "seconds": 120.0,
+    }),
 })
 _BUNDLES = (("cache", "setup", SETUPS), ("bench", "suite", SUITES))
 
@@ -162,6 +183,7 @@ _SPEEDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 _RULES: Mapping[str, Rule] = MappingProxyType({
     "model.size": size,
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
+    "model.release": one_of("", *(family.name for family in FAMILIES)),
     "model.device": one_of("auto", "cpu", "cuda", "mps", also=r"cuda:\d{1,3}", shown="cuda:N"),
     "model.threads": within(0, 1024),
     "cache.setup": _SETUP,
@@ -171,6 +193,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "sample.steps": falling(1),
     "sample.first_steps": falling(0),
     "sample.shift": within(0.01, 100),
+    "sample.chunk": within(1, 1000, " latent frames"),
     "sample.context_noise": within(0, 1000),
     "sample.seed": _SEED,
     "video.seconds": seconds,
@@ -234,8 +257,13 @@ def with_setup(config: Config, setup: str) -> Config:
 
 
 def describe(config: Config) -> str:
-    """The whole configuration as YAML, as `load_config` reads it."""
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """The whole configuration as YAML, as `load_config` reads it, after a comment on what null stands for."""
+    release = config.model.release
+    recipe = dataclasses.asdict(find_family(release).recipe if release else SELF_FORCING)
+    values = ", ".join(f"{key}: {json.dumps(recipe[key])}" for key in vars(config.sample) if key in recipe)
+    whose = f"as {release} has it" if release else "as its release has it, or else as Self-Forcing"
+    note = f"# null in `sample`: left to the model, {whose}\n# {values}\n"
+    return note + str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def violations(config: Config) -> list[tuple[str, str]]:
@@ -243,7 +271,7 @@ def violations(config: Config) -> list[tuple[str, str]]:
     checks: list[tuple[str, str | None]] = []
     for path, value in _leaves(config):
         rule = _RULES.get(path)
-        checks.append((path, rule(value) if rule else None))
+        checks.append((path, rule(value) if rule and value is not None else None))
     return [(path, message) for path, message in checks if message]
 
 
@@ -347,6 +375,8 @@ def _kind_name(kind: Any) -> str:
         return "a section with keys below it"
     names = {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false",
              dict: "a mapping", list: "a list of "}
+    if NoneType in get_args(kind):
+        kind = get_args(kind)[0]
     name = names.get(get_origin(kind) or kind, "a value")
     return name + ("whole numbers" if kind == list[int] else "words") if get_origin(kind) is list else name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -83,3 +84,9 @@ def _unwritten(path: Path, error: OSError) -> HforceError:
     if isinstance(error, PermissionError):
         return PermissionDenied(f"may not write {path}: {reason}", mend="write to a folder of your own")
     return OutputError(f"cannot create {path}: {reason}", mend="check the path; its folder must exist")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

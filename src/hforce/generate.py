@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hforce
-from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache
+from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache, effective, pin_model
 from hforce.config import Config
-from hforce.documents import read_document, write_document
-from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
+from hforce.documents import file_digest, read_document, write_document
+from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, memory_for
 from hforce.models.base import Backbone
 from hforce.prompts import Item, Shot, file_stem
 from hforce.stream import Chunk, Stream
@@ -83,7 +84,9 @@ def run(
     """
     targets = choose_targets(items, output)
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
-    backbone = build_backbone(config)
+    config = replace(config, model=pin_model(config.model))
+    with memory_for("loading the model"):
+        backbone = build_backbone(config)
     check_cache(config.cache, backbone)
     jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
     done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
@@ -95,6 +98,7 @@ def run(
             make(config, backbone, job, tell)
             result.made.append(job.target)
         except HforceError as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
             result.failed.append((job.target, error))
             if isinstance(error, InterruptedRun):
                 break
@@ -128,7 +132,8 @@ def plan_job(config: Config, backbone: Backbone, item: Item, target: Target) -> 
 def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None]) -> None:
     """Generates, decodes and encodes one video, then writes its contact sheet and sidecar."""
     started = time.monotonic()
-    stream = build_stream(config, backbone, job.plan.total, job.seed)
+    with memory_for("laying out the cache"):
+        stream = build_stream(config, backbone, job.plan.total, job.seed)
     script = build_script(job.shots, job.plan, backbone)
     factor = config.video.upscale
     width, height = (side * factor for side in backbone.size)
@@ -160,12 +165,17 @@ def decoded(
 ) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
     """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage.
 
-    Raises DataError at a chunk whose latents or frames hold values that are not finite.
+    Raises DataError at a chunk whose latents or frames hold values that are not finite, RoomError for want of memory.
     """
-    decoder = backbone.codec.decoder()
-    for chunk in stream.play(script):
+    decoder, chunks = backbone.codec.decoder(), stream.play(script)
+    for number in count():
+        with memory_for(f"denoising chunk {number}"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
         begin = time.perf_counter()
-        frames = decoder(chunk.latents)
+        with memory_for(f"decoding chunk {number}"):
+            frames = decoder(chunk.latents)
         if not bool(torch.isfinite(frames).all()):
             message = f"the video frames of chunk {chunk.number} hold values that are not finite"
             raise DataError(message, "the codec's weights do not fit the model; the chunks before it are kept")
@@ -199,7 +209,10 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
         {"chunk": start, "prompt": shot.prompt, "reads": backbone.encode_text.reads(shot.prompt)}
         for start, shot in zip(starts, job.shots, strict=True)
     ]
-    settings = {"model": asdict(config.model), "cache": asdict(config.cache), "sample": asdict(config.sample)}
+    family, recipe = backbone.family, asdict(effective(config.sample, backbone.family))
+    seen = {name: recipe.pop(name) for name in ("window", "sink")}
+    model = replace(config.model, offline=False)  # how the files came here says nothing of the video
+    settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
     return {
         "kind": SIDECAR,
         "schedule": schedule,
@@ -210,6 +223,7 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
         "video": asdict(config.video),
         **settings,
         "fingerprint": backbone.fingerprint,
+        "release": {"name": family.name if family else "", **seen},
         "versions": {"hforce": hforce.__version__, "torch": torch.__version__},
     }
 
@@ -255,12 +269,6 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return found, found.pop("result")
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
         raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

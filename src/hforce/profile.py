@@ -254,7 +254,7 @@ def _calibration(config: Config, backbone: Backbone, rollouts: Sequence[RollOut]
         seeds=tuple(dict.fromkeys(rollout.seed for rollout in rollouts)),
         num_frames=max(rollout.length for rollout in rollouts) * backbone.geometry.chunk,
         size=backbone.size,
-        timesteps=tuple(step.timestep for step in build_sampling(config.sample).steps),
+        timesteps=tuple(step.timestep for step in build_sampling(config.sample, backbone.family).steps),
         dtype=str(weight.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device),
         attention="sdpa",

@@ -123,7 +123,7 @@ class Stream:
         clean = few_step(lambda x, t: self._flow(x, t, text), steps, draws)
         if not bool(torch.isfinite(clean).all()):
             raise DataError(
-                f"chunk {number} holds values that are not finite",
+                f"chunk {number} holds values that are not finite after denoising",
                 mend="try model.dtype=float32; the chunks before it are kept",
             )
         denoised = self.clock()
