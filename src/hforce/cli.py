@@ -48,6 +48,9 @@ SeedOption = Annotated[int | None, Option("--seed", metavar="N", help="Seed of t
 DurationOption = Annotated[
     str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
 ]
+VaeOption = Annotated[
+    str, Option("--vae", metavar="FILE", help="Another autoencoder; tiny: taew2_1 beside the model's own.")
+]
 PlotOption = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw it, as PNG.")]
 
 Flags = dict[str, tuple[str, Any]]
@@ -98,6 +101,8 @@ def generate(
     ] = "",
     roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
     profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
+    init_image: Annotated[str, Option("--init-image", metavar="FILE", help="Start from this picture.")] = "",
+    init_video: Annotated[str, Option("--init-video", metavar="FILE", help="Go on from this video.")] = "",
     upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
     on_exists: Annotated[
         str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
@@ -106,15 +111,22 @@ def generate(
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
+    vae: VaeOption = "",
     print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
 
+    What a video starts from is its beginning, and counts towards its length.
+
     Example: hforce generate -p "a red circle bouncing" -d 30s -o out
+
+    Example: hforce generate -p "a red circle" --init-image first.png -o a.mp4
     """
     flags: Flags = {"--duration": ("video.seconds", _seconds(duration)), "--seed": ("sample.seed", seed)}
     flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
     flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
+    flags |= {"--init-image": ("video.init_image", init_image), "--init-video": ("video.init_video", init_video)}
+    flags |= {"--vae": ("model.vae", vae)}
     settings = _load(model, size, config, set_, flags)
     if frames is not None:
         settings.video.seconds = _count_seconds(frames, bool(duration), settings.video.fps)
@@ -157,13 +169,14 @@ def profile(
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
+    vae: VaeOption = "",
 ) -> None:
     """Measure what every attention head looks at, and give it a role.
 
     Example: hforce profile -o heads.json --plot heads.png
     """
     flags: Flags = {"--prompt-file": ("profile.prompts", prompt_file), "--mode": ("profile.mode", mode)}
-    flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local)}
+    flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local), "--vae": ("model.vae", vae)}
     settings = _load(model, size, config, set_, flags)
     from hforce import profile as verb
     from hforce.cache.roles import load_profile

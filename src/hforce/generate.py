@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +19,12 @@ from torch import Tensor
 
 import hforce
 from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache
-from hforce.config import Config
-from hforce.documents import read_document, write_document
+from hforce.config import Config, VideoConfig
+from hforce.documents import file_digest, read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
 from hforce.models.base import Backbone
-from hforce.prompts import Item, Shot, file_stem
+from hforce.opening import Opening, inspect, read
+from hforce.prompts import Init, Item, Shot, file_stem
 from hforce.stream import Chunk, Stream
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
 
@@ -45,13 +46,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make."""
+    """One video to make, from nothing or from an `opening`."""
 
     item: Item
     shots: tuple[Shot, ...]
     plan: Plan
     seed: int
     target: Target
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ def run(
     """
     targets = choose_targets(items, output)
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
+    openings = find_openings(config.video, items)
     backbone = build_backbone(config)
     check_cache(config.cache, backbone)
-    jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
+    parts = zip(items, openings, targets, strict=True)
+    jobs = [plan_job(config, backbone, item, opening, target) for item, opening, target in parts]
     done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
@@ -117,19 +121,32 @@ def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
     ]
 
 
-def plan_job(config: Config, backbone: Backbone, item: Item, target: Target) -> Job:
+def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | None]:
+    """What every item starts from, its own or that of the configuration. Raises what `inspect` raises."""
+    path = video.init_video or video.init_image
+    usual = Init(path, bool(video.init_video)) if path else None
+    longest = max(item.seconds or video.seconds for item in items)
+    inits = [item.init or usual for item in items]
+    found = {init: inspect(init, video.fps, longest) for init in dict.fromkeys(inits) if init}
+    return [found[init] if init else None for init in inits]
+
+
+def plan_job(config: Config, backbone: Backbone, item: Item, opening: Opening | None, target: Target) -> Job:
     """The item's shots with their lengths, cut into chunks."""
     seconds = item.seconds or config.video.seconds
     shots = item.timed(seconds)
     seed = config.sample.seed if item.seed is None else item.seed
-    return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone), seed, target)
+    given = (len(opening.picks) - 1) // backbone.codec.stride + 1 if opening else 0
+    return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone, given), seed, target, opening)
 
 
 def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None]) -> None:
     """Generates, decodes and encodes one video, then writes its contact sheet and sidecar."""
     started = time.monotonic()
-    stream = build_stream(config, backbone, job.plan.total, job.seed)
+    chunks = job.plan.total + math.ceil(job.plan.given / backbone.geometry.chunk)
+    stream = build_stream(config, backbone, chunks, job.seed)
     script = build_script(job.shots, job.plan, backbone)
+    given = encode(job.opening, job.plan.given, backbone) if job.opening else None
     factor = config.video.upscale
     width, height = (side * factor for side in backbone.size)
     video = config.video
@@ -138,7 +155,7 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
     try:
         with sink:
-            for _, frames, seconds in decoded(stream, script, backbone):
+            for _, frames, seconds in decoded(stream, script, backbone, given):
                 begin = time.perf_counter()
                 sink.write(upscale(frames, factor))
                 seconds["encode"] = time.perf_counter() - begin
@@ -155,15 +172,26 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     _write_record(sink, record(config, backbone, job), outcome, job.target.sidecar)
 
 
+def encode(opening: Opening, latents: int, backbone: Backbone) -> Tensor:
+    """What a video starts from, as so many latent frames [1, F, C, h, w]; video frames that are over are left out."""
+    frames = read(opening, backbone.size)
+    taken = backbone.codec.stride * (latents - 1) + 1
+    if taken < len(frames):
+        told = (opening.init.path, len(frames) - taken, backbone.codec.stride)
+        log.warning("%s: its last %d video frames are left out, for latent frames take %d", *told)
+    with torch.inference_mode():
+        return backbone.codec.encode(torch.from_numpy(frames[:taken]).permute(0, 3, 1, 2)[None] / 255)
+
+
 def decoded(
-    stream: Stream, script: Sequence[Any], backbone: Backbone
+    stream: Stream, script: Sequence[Any], backbone: Backbone, given: Tensor | None = None
 ) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
-    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage.
+    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage; the `given` latents first.
 
     Raises DataError at a chunk whose latents or frames hold values that are not finite.
     """
     decoder = backbone.codec.decoder()
-    for chunk in stream.play(script):
+    for chunk in stream.play(script, given):
         begin = time.perf_counter()
         frames = decoder(chunk.latents)
         if not bool(torch.isfinite(frames).all()):
@@ -199,10 +227,13 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
         {"chunk": start, "prompt": shot.prompt, "reads": backbone.encode_text.reads(shot.prompt)}
         for start, shot in zip(starts, job.shots, strict=True)
     ]
+    opening = job.opening
+    init = opening and {**asdict(opening.init), "sha256": opening.sha256, "latents": job.plan.given}
     settings = {"model": asdict(config.model), "cache": asdict(config.cache), "sample": asdict(config.sample)}
     return {
         "kind": SIDECAR,
         "schedule": schedule,
+        "init": init,
         "seed": job.seed,
         "frames": job.plan.frames,
         "chunks": job.plan.total,
@@ -255,12 +286,6 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return found, found.pop("result")
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
         raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:
