@@ -63,16 +63,14 @@ def count_frames(path: Path) -> int:
 
 
 def read_times(path: Path, most_pixels: int, seconds: float) -> list[Fraction]:
-    """When every frame of a video begins and the last one ends, in seconds; of a long video only the first `seconds`.
+    """When every frame of a video begins, in seconds; of a long video only the first `seconds`.
 
     Everything is decoded. Raises WriteError when that fails, or a frame has more than `most_pixels`.
     """
     told = run_ffmpeg([*_input(path, most_pixels), "-t", str(seconds), "-enc_time_base:v", "demux", "-f", "framecrc",
                        "pipe:1"], f"reading {path}").decode()
     clock = next((Fraction(line.split()[-1]) for line in told.splitlines() if line.startswith("#tb")), Fraction(0))
-    rows = [line.split(",") for line in told.splitlines() if not line.startswith("#")]
-    begins = [int(row[2]) * clock for row in rows]
-    return [*begins, begins[-1] + int(rows[-1][3]) * clock] if rows else []
+    return [int(line.split(",")[2]) * clock for line in told.splitlines() if not line.startswith("#")]
 
 
 def read_video(path: Path, most_pixels: int, frames: int) -> Iterator[NDArray[np.uint8]]:

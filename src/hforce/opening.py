@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import warnings
 import zlib
@@ -50,9 +51,9 @@ def inspect(init: Init, fps: int, seconds: float) -> Opening:
     PermissionDenied when it may not be read, DataError when it is no whole picture or video, or has too many pixels.
     """
     path = Path(init.path)
-    digest = file_digest(path)
-    if not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 (Path fails for what is too long)
         raise InputError(f"{path} is no file", "give a picture or a video")
+    digest = file_digest(path)
     if not init.is_video:
         load_picture(path)
         return Opening(init, digest)
@@ -61,8 +62,8 @@ def inspect(init: Init, fps: int, seconds: float) -> Opening:
     if not times:
         raise DataError(f"{path} holds no video frame", "give another video")
     picks = pick(times, fps)
-    if picks != (*range(len(times) - 1),):
-        log.warning("%s: its %d frames are shown as %d, at %d a second", path, len(times) - 1, len(picks), fps)
+    if picks != (*range(len(times)),):
+        log.warning("%s: its %d frames are shown as %d, at %d a second", path, len(times), len(picks), fps)
     return Opening(init, digest, picks)
 
 
@@ -78,7 +79,7 @@ def read(opening: Opening, size: tuple[int, int]) -> Frames:
     if not opening.init.is_video:
         picture = load_picture(path)
         _tell_fit(path, picture.size, size)
-        return fit(picture, size)[None]
+        return np.stack([fit(picture, size)])
     wanted = iter(opening.picks)
     pick, shown = next(wanted, None), []
     with _video_faults(path):
@@ -145,13 +146,13 @@ def crop_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float
 
 
 def pick(times: Times, fps: int) -> tuple[int, ...]:
-    """Which frame is nearest to every tick of `fps`, the earlier of two. `times`: when each begins, and the last ends.
+    """Which frame is nearest to every tick of `fps`, the earlier of two. `times`: when each begins, in seconds.
 
-    All are in seconds and begin anywhere.
+    The last frame lasts as long as the one before it, for not every file says how long.
     """
     begins = [time - times[0] for time in times]
-    count = max(1, round(begins[-1] * fps))
-    middles = [(before + after) / 2 for before, after in pairwise(begins[:-1])]
+    count = max(1, round((2 * begins[-1] - begins[-2]) * fps)) if len(begins) > 1 else 1
+    middles = [(before + after) / 2 for before, after in pairwise(begins)]
     return tuple(bisect_left(middles, Fraction(n, fps)) for n in range(count))
 
 
