@@ -184,7 +184,8 @@ def test_a_single_pixel_is_a_picture_too(tmp_path):
 def declared(path: Path, width: int, height: int) -> None:
     """A PNG that says how large it is, and ends there."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 99) + b"IDAT")
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 99) + b"IDAT"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 # Rate
