@@ -20,7 +20,7 @@ from PIL import Image
 
 from hforce.errors import DataError, HforceError, WriteError
 from hforce.ffmpeg import read_times, run_ffmpeg
-from hforce.opening import crop_box, fit, inspect, load_picture, pick, read
+from hforce.opening import crop_box, examine, fit, load_picture, pick, read_opening
 from hforce.prompts import Init
 from hforce.video import FfmpegSink, upscale
 
@@ -61,11 +61,11 @@ def encode_video(path: Path, frames: Frames, times: list[int]) -> Path:
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Frames:
-    return read(inspect(Init(str(path)), 16, 60), size)
+    return read_opening(examine(Init(str(path)), 16, 60), size)
 
 
 def read_video(path: Path, size: tuple[int, int], fps: int = 16, seconds: float = 60) -> Frames:
-    return read(inspect(Init(str(path), is_video=True), fps, seconds), size)
+    return read_opening(examine(Init(str(path), is_video=True), fps, seconds), size)
 
 
 # Cropping and resizing
@@ -211,10 +211,10 @@ def test_every_tick_shows_the_frame_that_is_nearest_in_time(gaps, fps, start):
 ])  # fmt: skip
 def test_a_video_of_another_rate_is_resampled_and_that_is_said(tmp_path, caplog, rate, frames, picks):
     video = gradient(32, 32, frames)
-    opening = inspect(Init(str(save_video(tmp_path / "a.mp4", video, rate)), is_video=True), 16, 60)
+    opening = examine(Init(str(save_video(tmp_path / "a.mp4", video, rate)), is_video=True), 16, 60)
     assert opening.picks == picks
     assert (f"its {frames} frames are shown as {len(picks)}, at 16 a second" in caplog.text) == (rate != 16)
-    assert abs(read(opening, (32, 32)).astype(int) - video[[*picks]]).mean() < 3
+    assert abs(read_opening(opening, (32, 32)).astype(int) - video[[*picks]]).mean() < 3
 
 
 def test_frames_of_uneven_length_are_taken_by_their_times(tmp_path):
@@ -254,7 +254,7 @@ def test_an_animation_is_a_video_too(tmp_path):
 
 
 def test_of_a_long_video_only_the_beginning_is_looked_at(tmp_path):
-    opening = inspect(Init(str(save_video(tmp_path / "a.mp4", gradient(16, 16, 160))), is_video=True), 16, 2)
+    opening = examine(Init(str(save_video(tmp_path / "a.mp4", gradient(16, 16, 160))), is_video=True), 16, 2)
     assert 32 < len(opening.picks) < 64
 
 
@@ -333,7 +333,7 @@ def test_what_is_no_whole_file_of_its_kind_is_refused(tmp_path, is_video, spoil:
     path = tmp_path / f"file{suffix or '.txt'}"
     spoil(path)
     with pytest.raises(HforceError) as caught:
-        inspect(Init(str(path), is_video), 16, 60)
+        examine(Init(str(path), is_video), 16, 60)
     assert caught.value.exit_code == code
     assert told in str(caught.value)
     assert str(path) in str(caught.value)
@@ -344,13 +344,13 @@ def test_what_is_no_whole_file_of_its_kind_is_refused(tmp_path, is_video, spoil:
 def test_a_file_that_may_not_be_read_is_told_apart(tmp_path):
     save_picture(tmp_path / "a.png", gradient(16, 16)[0]).chmod(0)
     with pytest.raises(HforceError) as caught:
-        inspect(Init(str(tmp_path / "a.png")), 16, 60)
+        examine(Init(str(tmp_path / "a.png")), 16, 60)
     assert caught.value.exit_code == 77
 
 
 def test_a_name_too_long_for_a_file_is_one_that_is_not_there():
     with pytest.raises(HforceError) as caught:
-        inspect(Init("a" * 5000), 16, 60)
+        examine(Init("a" * 5000), 16, 60)
     assert caught.value.exit_code == 66
 
 
@@ -366,10 +366,10 @@ def test_a_file_that_changes_on_the_way_is_noticed(tmp_path, is_video):
     path = tmp_path / ("a.mp4" if is_video else "a.png")
     files = [save_video(path, gradient(16, 16, n)).read_bytes() if is_video else
              save_picture(path, gradient(16, 16 * n)[0]).read_bytes() for n in (5, 6)]  # fmt: skip
-    opening = inspect(Init(str(path), is_video), 16, 60)
+    opening = examine(Init(str(path), is_video), 16, 60)
     path.write_bytes(files[0])
     with pytest.raises(DataError, match="has changed since"):
-        read(opening, (16, 16))
+        read_opening(opening, (16, 16))
 
 
 def test_times_of_a_video_are_those_of_its_frames(tmp_path):

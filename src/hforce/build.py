@@ -183,10 +183,9 @@ def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbo
     latents = math.ceil((math.ceil(seconds * fps - ROUNDING) - 1) / stride) + 1
     total = math.ceil((latents - given) / chunk)
     if total < 1:
-        there = (stride * (given - 1) + 1) / fps
         raise DataError(
             f"what the video starts from fills all of its {seconds:g}s: nothing is left to be made",
-            f"make it longer than {there:g}s with --duration, which counts the whole, or start from less",
+            "make it longer with --duration, which counts the whole, or start from less",
         )
     starts, moment = [], 0.0
     for shot in shots:

@@ -33,6 +33,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+PromptOption = Annotated[
+    list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
+]
+OutputOption = Annotated[Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")]
 ModelOption = Annotated[
     str, Option("--model", "-m", metavar="NAME|PATH", help="A preset, as tiny, or weights of Wan2.1's kind.")
 ]
@@ -82,15 +86,11 @@ def common(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[
-        list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
-    ] = None,
+    prompt: PromptOption = None,
     prompt_file: Annotated[
         str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
     ] = "",
-    output: Annotated[
-        Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")
-    ] = Path("outputs"),
+    output: OutputOption = Path("outputs"),
     duration: DurationOption = "",
     frames: Annotated[
         int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")
@@ -101,8 +101,8 @@ def generate(
     ] = "",
     roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
     profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
-    init_image: Annotated[str, Option("--init-image", metavar="FILE", help="Start from this picture.")] = "",
-    init_video: Annotated[str, Option("--init-video", metavar="FILE", help="Go on from this video.")] = "",
+    init_image: Annotated[str, Option("--init-image", metavar="FILE", help="Start from this picture; part of the length.")] = "",
+    init_video: Annotated[str, Option("--init-video", metavar="FILE", help="Go on from this video; part of the length.")] = "",
     upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
     on_exists: Annotated[
         str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
@@ -115,8 +115,6 @@ def generate(
     print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
-
-    What a video starts from is its beginning, and counts towards its length.
 
     Example: hforce generate -p "a red circle bouncing" -d 30s -o out
 

@@ -23,8 +23,8 @@ LAST_LINES = 20  # of what ffmpeg says
 LONGEST_LINE = 500  # bytes
 LOWEST_ERRNO_STATUS = 256 - 133  # ffmpeg ends with 256 - errno where the system refused it something
 CONTAINERS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"  # no playlists, which name other files, and no text as art
-# Pixels become square; of television's colours, those that the file tells of.
-SQUARE = "scale=round(iw*sar):ih:flags=lanczos+accurate_rnd+full_chroma_int+full_chroma_inp,setsar=1"
+# Pixels become square, within bounds.
+SQUARE = "scale=round(iw*min(sar\\,4)):ih:flags=lanczos+accurate_rnd+full_chroma_int+full_chroma_inp,setsar=1"
 
 
 def find_ffmpeg() -> str:

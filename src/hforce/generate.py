@@ -23,7 +23,7 @@ from hforce.config import Config, VideoConfig
 from hforce.documents import file_digest, read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
 from hforce.models.base import Backbone
-from hforce.opening import Opening, inspect, read
+from hforce.opening import Opening, examine, read_opening
 from hforce.prompts import Init, Item, Shot, file_stem
 from hforce.stream import Chunk, Stream
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
@@ -122,12 +122,12 @@ def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
 
 
 def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | None]:
-    """What every item starts from, its own or that of the configuration. Raises what `inspect` raises."""
+    """What every item starts from, its own or that of the configuration. Raises what `examine` raises."""
     path = video.init_video or video.init_image
     usual = Init(path, bool(video.init_video)) if path else None
     longest = max(item.seconds or video.seconds for item in items)
     inits = [item.init or usual for item in items]
-    found = {init: inspect(init, video.fps, longest) for init in dict.fromkeys(inits) if init}
+    found = {init: examine(init, video.fps, longest) for init in dict.fromkeys(inits) if init}
     return [found[init] if init else None for init in inits]
 
 
@@ -146,7 +146,7 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     chunks = job.plan.total + math.ceil(job.plan.given / backbone.geometry.chunk)
     stream = build_stream(config, backbone, chunks, job.seed)
     script = build_script(job.shots, job.plan, backbone)
-    given = encode(job.opening, job.plan.given, backbone) if job.opening else None
+    given = encode_opening(job.opening, job.plan.given, backbone) if job.opening else None
     factor = config.video.upscale
     width, height = (side * factor for side in backbone.size)
     video = config.video
@@ -172,9 +172,9 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     _write_record(sink, record(config, backbone, job), outcome, job.target.sidecar)
 
 
-def encode(opening: Opening, latents: int, backbone: Backbone) -> Tensor:
+def encode_opening(opening: Opening, latents: int, backbone: Backbone) -> Tensor:
     """What a video starts from, as so many latent frames [1, F, C, h, w]; video frames that are over are left out."""
-    frames = read(opening, backbone.size)
+    frames = read_opening(opening, backbone.size)
     taken = backbone.codec.stride * (latents - 1) + 1
     if taken < len(frames):
         told = (opening.init.path, len(frames) - taken, backbone.codec.stride)

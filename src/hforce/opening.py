@@ -44,7 +44,7 @@ class Opening:
     picks: tuple[int, ...] = (0,)
 
 
-def inspect(init: Init, fps: int, seconds: float) -> Opening:
+def examine(init: Init, fps: int, seconds: float) -> Opening:
     """Finds out whether a file can be read to its end, and which of its frames are wanted at `fps`.
 
     Of a video no more than `seconds` and a little are looked at. Raises InputError when the file is not there,
@@ -67,11 +67,11 @@ def inspect(init: Init, fps: int, seconds: float) -> Opening:
     return Opening(init, digest, picks)
 
 
-def read(opening: Opening, size: tuple[int, int]) -> Frames:
-    """The frames uint8 [T, H, W, 3] of an inspected file, for a size (W, H) in pixels.
+def read_opening(opening: Opening, size: tuple[int, int]) -> Frames:
+    """The frames uint8 [T, H, W, 3] of an examined file, for a size (W, H) in pixels.
 
     They are cropped about their middle to the shape of the size, then resized; the log says so. Raises DataError when
-    the file is not what it was when it was inspected.
+    the file is not what it was when it was examined.
     """
     path = Path(opening.init.path)
     if file_digest(path) != opening.sha256:
@@ -81,14 +81,14 @@ def read(opening: Opening, size: tuple[int, int]) -> Frames:
         _tell_fit(path, picture.size, size)
         return np.stack([fit(picture, size)])
     wanted = iter(opening.picks)
-    pick, shown = next(wanted, None), []
+    due, shown = next(wanted, None), []
     with _video_faults(path):
         for number, frame in enumerate(read_video(path, MOST_PIXELS, opening.picks[-1] + 1)):
             if not number:
                 _tell_fit(path, frame.shape[1::-1], size)
-            while pick == number:
+            while due == number:
                 shown.append(fit(Image.fromarray(frame), size))
-                pick = next(wanted, None)
+                due = next(wanted, None)
     if len(shown) != len(opening.picks):
         raise DataError(f"{path} has changed since it was first read", "start again")
     return np.stack(shown)
@@ -106,7 +106,7 @@ def load_picture(path: Path) -> Image.Image:
                 if image.width * image.height > MOST_PIXELS:
                     raise _too_large(path, f"{image.width}x{image.height}")
                 if getattr(image, "is_animated", False):
-                    log.warning("%s is an animation: only its first picture is taken", path)
+                    log.warning("%s is an animation: only its first picture is taken (--init-video takes all)", path)
                 return opaque(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise _too_large(path, "a huge number of") from error
