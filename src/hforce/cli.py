@@ -52,6 +52,12 @@ SeedOption = Annotated[int | None, Option("--seed", metavar="N", help="Seed of t
 DurationOption = Annotated[
     str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
 ]
+InitImageOption = Annotated[
+    str, Option("--init-image", metavar="FILE", help="Start from this picture; part of the length.")
+]
+InitVideoOption = Annotated[
+    str, Option("--init-video", metavar="FILE", help="Go on from this video; part of the length.")
+]
 VaeOption = Annotated[
     str, Option("--vae", metavar="FILE", help="Another autoencoder; tiny: taew2_1 beside the model's own.")
 ]
@@ -101,8 +107,8 @@ def generate(
     ] = "",
     roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
     profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
-    init_image: Annotated[str, Option("--init-image", metavar="FILE", help="Start from this picture; part of the length.")] = "",
-    init_video: Annotated[str, Option("--init-video", metavar="FILE", help="Go on from this video; part of the length.")] = "",
+    init_image: InitImageOption = "",
+    init_video: InitVideoOption = "",
     upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
     on_exists: Annotated[
         str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
