@@ -14,6 +14,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,10 +24,12 @@ from hforce import generate
 from hforce.build import build_backbone, build_plan, build_script, build_stream
 from hforce.config import SETUPS, Config, load_config
 from hforce.errors import DataError, HforceError, OutputError, WriteError
-from hforce.generate import Progress, Result, Sheet, choose_targets, decoded
+from hforce.generate import Progress, Result, Sheet, choose_targets, decoded, to_bytes
+from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
 from hforce.models.tiny import WORD_INDEX, WordEncoder
 from hforce.models.weights import read_safetensors
 from hforce.prompts import Item, Shot, load_prompts
+from hforce.video import FfmpegSink
 
 CIRCLE = "a red circle bouncing sideways on a green striped background"
 SQUARE = "a blue square circling on a purple plain background"
@@ -148,6 +152,22 @@ def test_a_model_that_makes_one_frame_at_a_time_makes_no_more_than_asked(setting
     assert [shot["chunk"] for shot in told["schedule"]] == [0, 6]
     assert (told["chunks"], told["frames"], told["sample"]["chunk"]) == (13, 49, 1)
     assert len(pictures(result.made[0].video)) == 49
+@given(st.floats(0, 255, width=32))
+def test_brightness_is_rounded_and_never_cut_off(level):
+    shown = to_bytes(torch.full((1, 3, 2, 2), level / 255))
+    assert shown.shape == (1, 2, 2, 3)
+    assert abs(float(shown[0, 0, 0, 0]) - level) <= 0.5001
+
+
+def test_a_video_of_the_usual_size_keeps_it_from_the_latents_to_the_file(tmp_path):
+    """A codec of Wan's shape, narrow, at 832x480."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        codec = TaehvCodec(TAEHV(TaehvConfig(16, 4, (8, 8, 6, 6))).eval().requires_grad_(False))
+        frames = to_bytes(codec.decoder()(torch.randn(1, 1, 16, 60, 104)))
+    with FfmpegSink(tmp_path / "a.mp4", (832, 480)) as sink:
+        sink.write(frames)
+    assert np.stack(pictures(sink.path)).shape == (1, 480, 832, 3)
 
 
 # Prompts

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tests.weightfiles import diffusers, shapes_of, wrapped, write, write_hollow, write_shards
 from torch import nn
 
@@ -18,6 +21,7 @@ from hforce.build import choose_family
 from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.families import find_family
 from hforce.models.sizes import KNOWN
+from hforce.models.wan import load_codec
 from hforce.models.wan_files import TEXT, TOKENIZER, VAE
 from hforce.which_model import which_model
 
@@ -223,3 +227,68 @@ def test_a_model_of_the_hub_is_kept_with_its_commit_in_the_sidecar(command, base
     assert told["model"]["checkpoint"] == f"org/name@{COMMIT}:w.safetensors"
     again = command("generate", "-m", told["model"]["checkpoint"], *line, "-p", "a red fox", "-o", "a.mp4")
     assert "was there already" in again.err
+@pytest.fixture
+def wan(command, base, tmp_path):
+    """`hforce generate` on the small model: a second, in one denoising step."""
+    write(STATE, tmp_path / "bare.safetensors")
+    own = ["-m", "bare.safetensors", "-d", "1s", "--set", "sample.steps=[1000]", "--set", "model.texts=texts"]
+    own += ["--roles", "uniform", "-p", "a red fox", "-q"]
+    return lambda *rest: command("generate", *own, "--set", f"model.base={base}", *rest)
+
+
+def release_with_taew(base: Path, folder: Path, name: str) -> Path:
+    """The same release with a small TAEHV in it."""
+    recorded = load_file(Path(__file__).parent / "data" / "golden" / "taehv_tiny.safetensors")
+    shutil.copytree(base, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    state = {key.removeprefix("w."): value for key, value in recorded.items() if key.startswith("w.")}
+    (torch.save if name.endswith(".pth") else save_file)(state, folder / name)
+    return folder
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", ["taew2_1.pth", "vae/taew2_1.safetensors"])
+def test_the_tiny_autoencoder_is_asked_for_by_a_word(wan, base, tmp_path, name):
+    release = release_with_taew(base, tmp_path / "release", name)
+    options = ("--size", "32x32", "--set", "model.base=release")
+    for vae, output in (("", "own.mp4"), ("tiny", "word.mp4"), (release / name, "path.mp4")):
+        done = wan(*options, "--vae", vae, "-o", output)
+        assert done.code == 0, done.err
+    own, word, path = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("own", "word", "path"))
+    assert word == path != own
+
+
+def test_a_tiny_autoencoder_that_is_not_there_is_told_with_its_origin(wan, base):
+    done = wan("--vae", "tiny", "-o", "a.mp4")
+    done.fails(66, f"no tiny autoencoder in {base}", "vae/taew2_1.pth", "madebyollin/taehv", "--vae FILE")
+    wan("--vae", "gone.pth", "-o", "a.mp4").fails(66, "there is no file or folder gone.pth")
+
+
+def test_the_tiny_model_takes_no_other_autoencoder(command):
+    command("generate", "-p", "red", "--vae", "tiny").fails(2, "the tiny model takes no model.vae")
+    command("profile", "--vae", "tiny").fails(2, "the tiny model takes no model.vae")
+
+
+@pytest.mark.parametrize("vae", ["", "tiny"])
+@pytest.mark.parametrize("size", [(64, 48), (48, 64)])
+def test_a_wan_model_starts_from_a_picture_and_goes_on_from_a_video(wan, base, tmp_path, vae, size):
+    release_with_taew(base, tmp_path / "release", "taew2_1.pth")
+    picture = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    shape = ("--size", f"{size[0]}x{size[1]}", "--set", "model.base=release", "--vae", vae)
+    assert wan(*shape, "--init-image", "first.png", "-o", "a.mp4").code == 0
+    codec = load_codec(tmp_path / "release" / ("taew2_1.pth" if vae else "Wan2.1_VAE.pth"), torch.float32, "cpu")
+    video = torch.from_numpy(picture).permute(2, 0, 1)[None, None] / 255
+    expected = codec.decoder()(codec.encode(video))[0].permute(1, 2, 0).numpy() * 255
+    made = frames_of(tmp_path / "a.mp4")
+    assert made.shape == (25, size[1], size[0], 3)
+    with Image.open(tmp_path / "a.png") as sheet:  # its first picture, without a loss
+        shown = np.asarray(sheet)[6 : 6 + size[1], 6 : 6 + size[0]]
+    assert np.array_equal(shown, np.rint(expected))
+    assert wan(*shape, "--init-video", "a.mp4", "-d", "2s", "-o", "b.mp4").code == 0
+    assert frames_of(tmp_path / "b.mp4").shape == (37, size[1], size[0], 3)
+    assert json.loads((tmp_path / "b.mp4.json").read_text())["init"]["latents"] == 7

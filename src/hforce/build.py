@@ -37,14 +37,15 @@ ROUNDING = 1e-6  # video frames by which a length in seconds may miss the whole 
 
 @dataclass(frozen=True)
 class Plan:
-    """A video cut into chunks: `chunks` per shot; `frames` video frames in all."""
+    """A video cut into chunks: `chunks` per shot after `given` latent frames, and `frames` video frames in all."""
 
     chunks: tuple[int, ...]
     frames: int
+    given: int = 0
 
     @property
     def total(self) -> int:
-        """Chunks in all."""
+        """Chunks to be made in all."""
         return sum(self.chunks)
 
 
@@ -213,26 +214,33 @@ def build_policy(cache: CacheConfig, role: HeadRole, backbone: Backbone, chunks:
     return policy
 
 
-def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbone) -> Plan:
+def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbone, given: int = 0) -> Plan:
     """Cuts a script into chunks: the end is moved up to a whole chunk, changes of prompt to the nearest one.
 
-    Raises DataError when two prompts would begin in the same chunk, or one after the end.
+    The first `given` latent frames are there already, and belong to the first prompt.
+    Raises DataError when two prompts would begin in the same chunk, or one after the end, or if nothing is to be made.
     """
     stride, chunk = backbone.codec.stride, backbone.geometry.chunk
     latents = math.ceil((math.ceil(seconds * fps - ROUNDING) - 1) / stride) + 1
-    total = math.ceil(latents / chunk)
+    total = math.ceil((latents - given) / chunk)
+    if total < 1:
+        raise DataError(
+            f"what the video starts from fills all of its {seconds:g}s: nothing is left to be made",
+            "make it longer with --duration, which counts the whole, or start from less",
+        )
     starts, moment = [], 0.0
     for shot in shots:
-        starts.append(round(moment * fps / (stride * chunk)))
+        starts.append(max(0, round((moment * fps - given * stride) / (stride * chunk))))
         moment += shot.seconds or 0.0
     counts = tuple(after - before for before, after in zip(starts, [*starts[1:], total], strict=True))
-    if min(counts) < 1:
-        late = next(i for i, count in enumerate(counts) if count < 1)
+    least = 0 if given else 1  # what is given may be all that there is of the first prompt
+    late = next((i for i, count in enumerate(counts) if count < (1 if i else least)), None)
+    if late is not None:
         raise DataError(
             f"prompt {late + 1} of {len(shots)} would last less than a chunk of {stride * chunk / fps:g}s",
             "give each prompt at least that long, or make the video longer",
         )
-    return Plan(counts, stride * (total * chunk - 1) + 1)
+    return Plan(counts, stride * (given + total * chunk - 1) + 1, given)
 
 
 def build_script(shots: Sequence[Shot], plan: Plan, backbone: Backbone) -> list[Take]:

@@ -33,6 +33,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+PromptOption = Annotated[
+    list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
+]
+OutputOption = Annotated[Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")]
 ModelOption = Annotated[
     str, Option("--model", "-m", metavar="NAME", help="A preset, as tiny; Wan2.1's weights; org/name of the hub.")
 ]
@@ -50,6 +54,15 @@ SetOption = Annotated[
 SeedOption = Annotated[int | None, Option("--seed", metavar="N", help="Seed of the noise.")]
 DurationOption = Annotated[
     str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
+]
+InitImageOption = Annotated[
+    str, Option("--init-image", metavar="FILE", help="Start from this picture; part of the length.")
+]
+InitVideoOption = Annotated[
+    str, Option("--init-video", metavar="FILE", help="Go on from this video; part of the length.")
+]
+VaeOption = Annotated[
+    str, Option("--vae", metavar="FILE", help="Another autoencoder; tiny: taew2_1 beside the model's own.")
 ]
 PlotOption = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw it, as PNG.")]
 
@@ -82,15 +95,11 @@ def common(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[
-        list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
-    ] = None,
+    prompt: PromptOption = None,
     prompt_file: Annotated[
         str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
     ] = "",
-    output: Annotated[
-        Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")
-    ] = Path("outputs"),
+    output: OutputOption = Path("outputs"),
     duration: DurationOption = "",
     frames: Annotated[
         int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")
@@ -101,6 +110,8 @@ def generate(
     ] = "",
     roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
     profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
+    init_image: InitImageOption = "",
+    init_video: InitVideoOption = "",
     upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
     on_exists: Annotated[
         str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
@@ -112,15 +123,20 @@ def generate(
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
+    vae: VaeOption = "",
     print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
 
     Example: hforce generate -p "a red circle bouncing" -d 30s -o out
+
+    Example: hforce generate -p "a red circle" --init-image first.png -o a.mp4
     """
     flags: Flags = {"--duration": ("video.seconds", _seconds(duration)), "--seed": ("sample.seed", seed)}
     flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
     flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
+    flags |= {"--init-image": ("video.init_image", init_image), "--init-video": ("video.init_video", init_video)}
+    flags |= {"--vae": ("model.vae", vae)}
     flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     if frames is not None:
@@ -167,13 +183,14 @@ def profile(
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
+    vae: VaeOption = "",
 ) -> None:
     """Measure what every attention head looks at, and give it a role.
 
     Example: hforce profile -o heads.json --plot heads.png
     """
     flags: Flags = {"--prompt-file": ("profile.prompts", prompt_file), "--mode": ("profile.mode", mode)}
-    flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local)}
+    flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local), "--vae": ("model.vae", vae)}
     flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     from hforce import profile as verb

@@ -31,7 +31,7 @@ class ModelConfig:
     checkpoint: str = ""  # file or folder of weights, or org/name:file on the hub; empty: the packaged ones
     base: str = ""  # folder (or org/name) of a Wan2.1 release with the other parts; empty: the folder `checkpoint`
     lora: str = ""  # adapter to merge into the checkpoint
-    vae: str = ""  # file of an autoencoder to take instead of the release's, as taew2_1.pth
+    vae: str = ""  # file of an autoencoder to take instead of the release's; tiny: the taew2_1 that lies in `base`
     revision: str = ""  # commit, tag or branch of a `checkpoint` on the hub; empty: the newest, and kept in the sidecar
     offline: bool = False  # take only what the hub's cache has
     release: str = ""  # a line of the table in docs/models.md; empty: as the weights are recognised
@@ -87,6 +87,8 @@ class VideoConfig:
     preset: str = "medium"  # of x264
     upscale: int = 4  # whole-number enlargement for viewing, nearest neighbour
     contact_sheet: bool = True
+    init_image: str = ""  # picture that the video starts from
+    init_video: str = ""  # video that it goes on from
 
 
 @dataclass
@@ -272,6 +274,8 @@ def violations(config: Config) -> list[tuple[str, str]]:
     for path, value in _leaves(config):
         rule = _RULES.get(path)
         checks.append((path, rule(value) if rule and value is not None else None))
+    if config.video.init_image and config.video.init_video:
+        checks.append(("video.init_video", "a video starts from a picture or from another video, not from both"))
     return [(path, message) for path, message in checks if message]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 import traceback
@@ -20,11 +21,12 @@ from torch import Tensor
 
 import hforce
 from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache, effective, pin_model
-from hforce.config import Config
+from hforce.config import Config, VideoConfig
 from hforce.documents import file_digest, read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, memory_for
 from hforce.models.base import Backbone
-from hforce.prompts import Item, Shot, file_stem
+from hforce.opening import Opening, examine, read_opening
+from hforce.prompts import Init, Item, Shot, file_stem
 from hforce.stream import Chunk, Stream
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
 
@@ -46,13 +48,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make."""
+    """One video to make, from nothing or from an `opening`."""
 
     item: Item
     shots: tuple[Shot, ...]
     plan: Plan
     seed: int
     target: Target
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,13 @@ def run(
     """
     targets = choose_targets(items, output)
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
+    openings = find_openings(config.video, items)
     config = replace(config, model=pin_model(config.model))
     with memory_for("loading the model"):
         backbone = build_backbone(config)
     check_cache(config.cache, backbone)
-    jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
+    parts = zip(items, openings, targets, strict=True)
+    jobs = [plan_job(config, backbone, item, opening, target) for item, opening, target in parts]
     done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
@@ -121,20 +126,33 @@ def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
     ]
 
 
-def plan_job(config: Config, backbone: Backbone, item: Item, target: Target) -> Job:
+def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | None]:
+    """What every item starts from, its own or that of the configuration. Raises what `examine` raises."""
+    path = video.init_video or video.init_image
+    usual = Init(path, bool(video.init_video)) if path else None
+    longest = max(item.seconds or video.seconds for item in items)
+    inits = [item.init or usual for item in items]
+    found = {init: examine(init, video.fps, longest) for init in dict.fromkeys(inits) if init}
+    return [found[init] if init else None for init in inits]
+
+
+def plan_job(config: Config, backbone: Backbone, item: Item, opening: Opening | None, target: Target) -> Job:
     """The item's shots with their lengths, cut into chunks."""
     seconds = item.seconds or config.video.seconds
     shots = item.timed(seconds)
     seed = config.sample.seed if item.seed is None else item.seed
-    return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone), seed, target)
+    given = (len(opening.picks) - 1) // backbone.codec.stride + 1 if opening else 0
+    return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone, given), seed, target, opening)
 
 
 def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None]) -> None:
     """Generates, decodes and encodes one video, then writes its contact sheet and sidecar."""
     started = time.monotonic()
+    chunks = job.plan.total + math.ceil(job.plan.given / backbone.geometry.chunk)
     with memory_for("laying out the cache"):
-        stream = build_stream(config, backbone, job.plan.total, job.seed)
+        stream = build_stream(config, backbone, chunks, job.seed)
     script = build_script(job.shots, job.plan, backbone)
+    given = encode_opening(job.opening, job.plan.given, backbone) if job.opening else None
     factor = config.video.upscale
     width, height = (side * factor for side in backbone.size)
     video = config.video
@@ -143,7 +161,7 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
     try:
         with sink:
-            for _, frames, seconds in decoded(stream, script, backbone):
+            for _, frames, seconds in decoded(stream, script, backbone, given):
                 begin = time.perf_counter()
                 sink.write(upscale(frames, factor))
                 seconds["encode"] = time.perf_counter() - begin
@@ -160,14 +178,25 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     _write_record(sink, record(config, backbone, job), outcome, job.target.sidecar)
 
 
+def encode_opening(opening: Opening, latents: int, backbone: Backbone) -> Tensor:
+    """What a video starts from, as so many latent frames [1, F, C, h, w]; video frames that are over are left out."""
+    frames = read_opening(opening, backbone.size)
+    taken = backbone.codec.stride * (latents - 1) + 1
+    if taken < len(frames):
+        told = (opening.init.path, len(frames) - taken, backbone.codec.stride)
+        log.warning("%s: its last %d video frames are left out, for latent frames take %d", *told)
+    with torch.inference_mode():
+        return backbone.codec.encode(torch.from_numpy(frames[:taken]).permute(0, 3, 1, 2)[None] / 255)
+
+
 def decoded(
-    stream: Stream, script: Sequence[Any], backbone: Backbone
+    stream: Stream, script: Sequence[Any], backbone: Backbone, given: Tensor | None = None
 ) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
-    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage.
+    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage; the `given` latents first.
 
     Raises DataError at a chunk whose latents or frames hold values that are not finite, RoomError for want of memory.
     """
-    decoder, chunks = backbone.codec.decoder(), stream.play(script)
+    decoder, chunks = backbone.codec.decoder(), stream.play(script, given)
     for number in count():
         with memory_for(f"denoising chunk {number}"):
             chunk = next(chunks, None)
@@ -211,11 +240,14 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
     ]
     family, recipe = backbone.family, asdict(effective(config.sample, backbone.family))
     seen = {name: recipe.pop(name) for name in ("window", "sink")}
+    opening = job.opening
+    init = opening and {**asdict(opening.init), "sha256": opening.sha256, "latents": job.plan.given}
     model = replace(config.model, offline=False)  # how the files came here says nothing of the video
     settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
     return {
         "kind": SIDECAR,
         "schedule": schedule,
+        "init": init,
         "seed": job.seed,
         "frames": job.plan.frames,
         "chunks": job.plan.total,

@@ -39,7 +39,10 @@ class Take:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Clean latents [1, F, C, h, w] of chunk `number`, made under prompt number `shot`; seconds spent per stage."""
+    """Clean latents [1, F, C, h, w] of chunk `number`, made under prompt number `shot`; seconds spent per stage.
+
+    Numbers below 0 are of chunks that were given, not made.
+    """
 
     number: int
     shot: int
@@ -95,7 +98,8 @@ class Stream:
         """Clean chunks, one after the other, as they are made; ends with the script.
 
         script is any iterable, read when its next take begins: a list, or a generator that waits for a person.
-        given [1, F0, C, h, w], clean latents to start from, is taken into the cache first and not yielded.
+        given [1, F0, C, h, w], clean latents to start from, comes first: it is taken into the cache chunk by chunk,
+        and these chunks have numbers below 0.
         Raises DataError at a chunk with values that are not finite; the chunks before it are good.
         """
         self.cache.reset()
@@ -105,7 +109,7 @@ class Stream:
             if shot:
                 self._change_prompt(recent, text, shot)
             elif given is not None:
-                self._take_in(given, text, recent)
+                yield from self._take_in(given, text, recent)
             begun = number
             while take.chunks is None or number - begun < take.chunks:
                 yield self._make(number, number - begun, shot, text, recent)
@@ -142,13 +146,15 @@ class Stream:
         t = torch.full(x.shape[:2], timestep, device=x.device)
         return self.model(x, t, text, self.attend or self.cache.attend)
 
-    def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> None:
+    def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> Iterator[Chunk]:
         """Commits latents that were not made here, in chunks; the first one takes what does not divide."""
         chunk = self.cache.geometry.chunk
         first = given.shape[1] % chunk
-        pieces = [first, *[chunk] * (given.shape[1] // chunk)] if first else [chunk] * (given.shape[1] // chunk)
-        for piece in self._to_device(given).split(pieces, dim=1):
+        sizes = [first, *[chunk] * (given.shape[1] // chunk)] if first else [chunk] * (given.shape[1] // chunk)
+        for number, piece in enumerate(self._to_device(given).split(sizes, dim=1), start=-len(sizes)):
+            start = self.clock()
             self._commit(piece, text, 0, True, recent)
+            yield Chunk(number, 0, piece, {"denoise": 0.0, "commit": self.clock() - start})
 
     def _change_prompt(self, recent: deque[Tensor], text: TextContext, shot: int) -> None:
         if self.switch.rule == "flush":

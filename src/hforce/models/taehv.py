@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hforce.errors import CheckpointError
+from hforce.errors import CheckpointError, InputError
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import load_strictly
 
+TAEW = ("taew2_1.safetensors", "taew2_1.pth", "vae/taew2_1.safetensors", "vae/taew2_1.pth")
 TAEHV_MARK = "encoder.0.weight"  # a tensor that other autoencoders do not have
 WIDENED = (1, 8, 14, 20)  # layers of the decoder that set its widths
 Memory = list[Tensor]
@@ -155,16 +156,23 @@ class TAEHV(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, 3, H, W] in 0..1 -> latents [B, ceil(T / stride), C, h, w]; the last frame fills up."""
+        return self.encode_stream(video, None)[0]
+
+    def encode_stream(self, video: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """As `encode`, for the next frames of a video; memory is what an earlier call returned, None at its start."""
         missing = -video.shape[1] % self.config.stride
         if missing:
             video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
-        latents, _ = _run(self.encoder, F.pixel_unshuffle(video, self.config.patch), None)
-        return latents
+        return _run(self.encoder, F.pixel_unshuffle(video, self.config.patch), memory)
 
     def encode_clip(self, video: Tensor) -> Tensor:
         """video [B, 4(n - 1) + 1, 3, H, W] -> [B, n, C, h, w]: the first frame alone becomes the first latent."""
+        return self.encode(self.lead_in(video))
+
+    def lead_in(self, video: Tensor) -> Tensor:
+        """A video [B, T, 3, H, W] whose first frame is repeated until it fills a latent: [B, T + stride - 1, ...]."""
         first = video[:, :1].expand(-1, self.config.stride - 1, -1, -1, -1)
-        return self.encode(torch.cat([first, video], dim=1))
+        return torch.cat([first, video], dim=1)
 
     def decode_stream(self, latents: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """latents [B, n, C, h, w] and what an earlier call returned (None at the start of a video).
@@ -190,8 +198,12 @@ class TaehvCodec:
         self.stride = net.config.stride
 
     def encode(self, video: Tensor) -> Tensor:
-        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""
-        return (self.net.encode_clip(video.to(self.net.device, self.net.dtype)).float() - self.mean) / self.std
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]. What it needs does not grow with the video."""
+        parts, memory = [], None
+        for part in self.net.lead_in(video).split(self.stride, dim=1):
+            latents, memory = self.net.encode_stream(part.to(self.net.device, self.net.dtype), memory)
+            parts.append(latents.float())
+        return (torch.cat(parts, dim=1) - self.mean) / self.std
 
     def decoder(self) -> TaehvDecoder:
         """A decoder for a new video."""
@@ -214,6 +226,20 @@ class TaehvDecoder:
         return video[0].float()
 
 
+def find_taew(base: Path) -> Path:
+    """taew2_1 in the folder of a release, or in its vae/. Nothing is downloaded.
+
+    Raises InputError, with all that was looked for, where there is none; CheckpointError where the file is no TAEHV.
+    """
+    path = next((base / name for name in TAEW if (base / name).is_file()), None)
+    if path is None:
+        mend = "get taew2_1.pth or .safetensors from madebyollin/taehv, put it there, or name it: --vae FILE"
+        raise InputError(f"no tiny autoencoder in {base}: looked in vain for {', '.join(TAEW)}", mend)
+    if TAEHV_MARK not in read_weights(path):
+        raise _no_taehv(path, TAEHV_MARK)
+    return path
+
+
 def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TaehvCodec:
     """The codec in taew2_1.safetensors or .pth. It works on the transformer's latents as they are.
 
@@ -222,7 +248,7 @@ def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu
     state = {name: value.to(dtype) for name, value in read_weights(path).items()}
     names = [f"decoder.{layer}.weight" for layer in WIDENED]
     if missing := [name for name in (TAEHV_MARK, *names) if name not in state]:
-        raise CheckpointError(f"{path} holds no TAEHV: it has no tensor {missing[0]}", "download taew2_1 again")
+        raise _no_taehv(path, missing[0])
     first, second, third, last = (len(state[name]) for name in names)
     expected, channels = TaehvConfig(), state[names[0]].shape[1]
     if channels != expected.latent_channels:
@@ -231,6 +257,10 @@ def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu
     net = TAEHV(TaehvConfig(channels, len(state[TAEHV_MARK]), (first, second, third, last)))
     load_strictly(net, _trim(net, state), str(path))
     return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
+
+
+def _no_taehv(path: Path, missing: str) -> CheckpointError:
+    return CheckpointError(f"{path} holds no TAEHV: it has no tensor {missing}", "download taew2_1 again")
 
 
 def _trim(net: TAEHV, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from hforce.models.dit import CausalWan
 from hforce.models.families import WIDE
 from hforce.models.hub import resolve
 from hforce.models.sizes import describe
-from hforce.models.taehv import TAEHV_MARK, load_taew
+from hforce.models.taehv import TAEHV_MARK, find_taew, load_taew
 from hforce.models.text_store import EmbeddingStore
 from hforce.models.wan_files import GIVE_BASE, find_parts, read_weights
 from hforce.models.wan_text import WanText
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 SMALL, LARGE = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"
 PACKAGES = ("ftfy", "tokenizers", "transformers", "diffusers")  # that it takes, or may take, to run
 TEXTS = ".cache/hforce/texts"  # in the home folder: where embeddings of prompts are kept
+TINY_VAE = "tiny"  # a file of this name is ./tiny
 SIZE = (832, 480)  # pixels, width and height the model was trained on
 CELL = 8  # pixels a latent cell is wide and high
 SPAN = 21  # latent frames the model was trained on
@@ -41,7 +42,7 @@ def load_wan(name: str, source: Source, size: tuple[int, int] | None, device: st
     `name` is the size that the checkpoint must have, "" for any; the backbone is named for what it has. Everything that
     can be found out without reading weights is found out first. Raises ConfigError for a source without a checkpoint
     or without a base, UnavailableError for packages that are not installed, and what `resolve`, `open_checkpoint`,
-    `find_parts`, `check_size` and the loaders of the parts raise.
+    `find_vae`, `find_parts`, `check_size` and the loaders of the parts raise.
     """
     check_size(*(size or SIZE))
     if not source.checkpoint:
@@ -51,7 +52,8 @@ def load_wan(name: str, source: Source, size: tuple[int, int] | None, device: st
     checkpoint = open_checkpoint(place, resolve(source.lora) if source.lora else None)
     log.info("%s: %s of %d layers", place, checkpoint.family.name, checkpoint.config.layers)
     name = check_name(name, checkpoint)
-    parts = find_parts(find_base(source.base, place), resolve(source.vae) if source.vae else None)
+    base = find_base(source.base, place)
+    parts = find_parts(base, find_vae(source.vae, base))
     require("wan", *PACKAGES)
     auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     precision = getattr(torch, auto if dtype == "auto" else dtype)
@@ -85,6 +87,16 @@ def find_base(base: str, checkpoint: Path) -> Path:
     if checkpoint.is_dir():
         return checkpoint
     raise ConfigError(f"{checkpoint} is a transformer alone, without text encoder and autoencoder", GIVE_BASE)
+
+
+def find_vae(vae: str, base: Path) -> Path | None:
+    """The autoencoder that was named, `tiny` for the TAEHV in the base, or None for the base's own.
+
+    Raises what `find_taew` and `resolve` raise.
+    """
+    if vae == TINY_VAE:
+        return find_taew(base)
+    return resolve(vae) if vae else None
 
 
 def load_codec(path: Path, dtype: torch.dtype, device: str) -> Codec:
