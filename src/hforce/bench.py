@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
-import os
-import platform
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import hforce
 from hforce.bench_report import EARLY, FEWEST, LATE, BenchResult, Sample, Trial, choose_reference, make_rows
 from hforce.bench_report import plot as plot
 from hforce.bench_report import table as table
@@ -29,6 +20,7 @@ from hforce.cache.roles import head_order
 from hforce.config import SETUPS, Config, with_setup
 from hforce.errors import ConfigError, HforceError
 from hforce.generate import decoded
+from hforce.machine import Clock, device_clock, device_of, environment, paused_collector, resident_bytes
 from hforce.models.base import Backbone
 from hforce.plots import check_plot as check_plot
 from hforce.prompts import Item, Shot, load_prompts
@@ -47,7 +39,6 @@ HEAD_SECONDS, TAIL_SECONDS = 7, 10
 SETTLED = 20  # chunks after which the process should not grow any more
 
 Decoded = tuple[Chunk, NDArray[np.uint8], dict[str, float]]
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -320,72 +311,3 @@ def take_turns(entrants: Sequence[Entrant], rounds: int) -> Iterator[tuple[Entra
     for number in range(rounds):
         for entrant in entrants if number % 2 == 0 else reversed(entrants):
             yield entrant, entrant.advance()
-
-
-@contextmanager
-def paused_collector() -> Iterator[None]:
-    """Keeps Python's garbage collector from running in between."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def device_of(backbone: Backbone) -> torch.device:
-    """Where the transformer is."""
-    return backbone.model.patch_embedding.weight.device
-
-
-def device_clock(device: torch.device) -> Clock:
-    """Seconds, read when all work queued on the device is done."""
-    if device.type == "cpu":
-        return time.perf_counter
-
-    def clock() -> float:
-        torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM; None on systems without /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
-def environment(backbone: Backbone) -> dict[str, Any]:
-    """Where and on what a bench ran."""
-    device = device_of(backbone)
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "hforce": hforce.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(backbone.model.patch_embedding.weight.dtype).removeprefix("torch."),
-        "model": backbone.name,
-        "size": list(backbone.size),
-        "fingerprint": backbone.fingerprint,
-    }
-
-
-def cpu_name() -> str:
-    """The processor as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

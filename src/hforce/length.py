@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hforce.bench import BenchProgress, choose_setups, environment, find_schedule
+from hforce.bench import BenchProgress, choose_setups, find_schedule
 from hforce.build import build_backbone, build_plan, build_roles, build_script, build_stream, check_cache, count_cores
 from hforce.config import Config, ModelConfig
 from hforce.documents import read_document
@@ -32,6 +32,7 @@ from hforce.length_report import FILMS, MEASURES, Case, LengthResult, at_lengths
 from hforce.length_report import plot as plot
 from hforce.length_report import table as table
 from hforce.length_report import to_json as to_json
+from hforce.machine import environment
 from hforce.models.base import Backbone
 from hforce.models.tiny import PACKAGED
 from hforce.plots import check_plot as check_plot
