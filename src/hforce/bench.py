@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hforce.bench_plot import plot as plot
 from hforce.bench_report import EARLY, FEWEST, LATE, BenchResult, Sample, Trial, choose_reference, make_rows
-from hforce.bench_report import plot as plot
 from hforce.bench_report import table as table
 from hforce.bench_report import to_json as to_json
 from hforce.build import Plan, build_backbone, build_plan, build_roles, build_script, build_stream
