@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import hforce
 from hforce.models.base import Backbone
+from hforce.models.dit import Attend
 
 Clock = Callable[[], float]
 
@@ -38,6 +40,11 @@ def device_of(backbone: Backbone) -> torch.device:
     return backbone.model.patch_embedding.weight.device
 
 
+def weight_type(backbone: Backbone) -> torch.dtype:
+    """In what the transformer computes."""
+    return backbone.model.patch_embedding.weight.dtype
+
+
 def device_clock(device: torch.device) -> Clock:
     """Seconds, read when all work queued on the device is done."""
     if device.type == "cpu":
@@ -48,6 +55,42 @@ def device_clock(device: torch.device) -> Clock:
         return time.perf_counter()
 
     return clock
+
+
+class Stopwatch:
+    """Adds up the seconds that a function takes on a device, without waiting for the device in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[Any, Any]] = []
+
+    def around(self, attend: Attend) -> Attend:
+        """The same attention, timed."""
+
+        def timed(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            begin = self._mark()
+            out = attend(layer, q, k, v)
+            self._marks.append((begin, self._mark()))
+            return out
+
+        return timed
+
+    def restart(self) -> None:
+        """Forgets what was timed until now."""
+        self._marks = []
+
+    def read(self) -> float:
+        """Seconds since the last restart; the device must be done with its work."""
+        if self._device.type == "cpu":
+            return sum(end - begin for begin, end in self._marks)
+        return sum(begin.elapsed_time(end) for begin, end in self._marks) / 1000  # it tells milliseconds
+
+    def _mark(self) -> Any:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
 
 
 def resident_bytes() -> int | None:
@@ -72,8 +115,11 @@ def environment(backbone: Backbone) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(backbone.model.patch_embedding.weight.dtype).removeprefix("torch."),
+        "dtype": str(weight_type(backbone)).removeprefix("torch."),
         "model": backbone.name,
+        "layers": backbone.geometry.layers,
+        "random_weights": backbone.is_random,
+        "decoder": backbone.codec.name,
         "size": list(backbone.size),
         "fingerprint": backbone.fingerprint,
     }
