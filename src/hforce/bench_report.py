@@ -31,9 +31,9 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "denoise_fps": "D: video frames / seconds of denoising and of the clean pass that commits the chunk to the cache; "
     "a chunk is 12 video frames, the first one 9",
     "denoise_only_fps": "D-: the same without the clean pass",
-    "e2e_fps": "E2E: video frames / wall time, with prompts, cache, decoding and conversion to bytes; without encoding; "
-    "with the decoder that environment.decoder names",
-    "decoders": "for every decoder its median ms a chunk, and e2e_fps with it: the same chunks, decoded by each in turn",
+    "e2e_fps": "E2E: video frames / wall time, with prompts, cache, decoding and conversion to bytes, without "
+    "encoding; with the decoder that environment.decoder names",
+    "decoders": "for every decoder its median ms a chunk, and e2e_fps with it: each decodes the same chunks in turn",
     "speed": "denoise_fps over that of the other setup in the same prompt, by the other's name",
     "chunk_ms": "wall time of a chunk as in e2e_fps: median, 95th and 99th percentile",
     "jitter": "p99 / p50 of chunk_ms",
@@ -47,8 +47,8 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "spread": "largest minus smallest denoise_fps over prompts / its median",
     "resident_growth_bytes": "resident memory of the process at the end minus that after chunk 20, all setups "
     "together, largest over prompts; `full` fills memory that was reserved before",
-    "roofline": "of a mean steady chunk: operations of matrix products and convolutions, bytes that must at least move, "
-    "seconds taken, and their share of the ceiling: the least time for the stage's parts, each as slow as the slower of "
+    "roofline": "of a mean steady chunk: operations of matrix products and convolutions, bytes that at least must "
+    "move, seconds taken, and the share of the ceiling: the least time for the parts, each as slow as the slower of "
     "arithmetic and memory, over the time taken. The ceiling is measured in the same process: a large matrix product "
     "and a large copy. self-attention includes turning keys and queries and writing them to the cache",
     "drift": "judge of the tiny world: mean of the last five seconds minus that of the first five, mean over prompts "
@@ -197,16 +197,14 @@ def _row(
 def _decoders(runs: Sequence[Sequence[Sample]], own: str) -> dict[str, dict[str, float]]:
     """By decoder, its median ms a chunk, and the frames a second end to end with it."""
 
-    def taken(sample: Sample, name: str) -> float:
-        return sample.decode if name == own else sample.beside[name]
+    def measured(name: str) -> dict[str, float]:
+        def taken(sample: Sample) -> float:
+            return sample.decode if name == own else sample.beside[name]
 
-    return {
-        name: {
-            "ms": median(1e3 * taken(s, name) for run in runs for s in run),
-            "e2e_fps": median(_fps(run, lambda s, name=name: s.whole - s.decode + taken(s, name)) for run in runs),
-        }
-        for name in (own, *runs[0][0].beside)
-    }
+        speeds = [_fps(run, lambda s: s.whole - s.decode + taken(s)) for run in runs]
+        return {"ms": median(1e3 * taken(s) for run in runs for s in run), "e2e_fps": median(speeds)}
+
+    return {name: measured(name) for name in (own, *runs[0][0].beside)}
 
 
 def _fps(samples: Sequence[Sample], seconds: Callable[[Sample], float]) -> float:
@@ -256,7 +254,8 @@ def _measured(stage: Stage) -> dict[str, float]:
 
 
 def _raw(trial: Trial) -> dict[str, Any]:
-    stages = {"denoise_ms": "denoise", "commit_ms": "commit", "decode_ms": "decode", "chunk_ms": "whole", "attention_ms": "attend"}
+    stages = {"denoise_ms": "denoise", "commit_ms": "commit", "attention_ms": "attend", "decode_ms": "decode"}
+    stages["chunk_ms"] = "whole"
     columns = {key: [round(1e3 * getattr(s, stage), 4) for s in trial.samples] for key, stage in stages.items()}
     return {
         "prompt": trial.prompt,

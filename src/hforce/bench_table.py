@@ -43,8 +43,7 @@ def _columns(result: BenchResult) -> list[Column]:
         ("D-\nFPS", "", lambda row: row.denoise_only_fps),
         ("D\nFPS", "", lambda row: row.denoise_fps),
     ]
-    for name in result.rows[0].decoders:
-        columns.append((f"E2E\n{name}", "", lambda row, name=name: row.decoders[name]["e2e_fps"]))
+    columns += [_speed_with(decoder) for decoder in result.rows[0].decoders]
     columns += [
         (f"D vs\n{result.reference}", ".2f", lambda row: row.speed[result.reference]),
         ("p50\nms", "", lambda row: row.chunk_ms["p50"]),
@@ -56,10 +55,16 @@ def _columns(result: BenchResult) -> list[Column]:
         ("late/\nearly", ".2f", lambda row: row.growth),
     ]
     if any(row.drift for row in result.rows):
-        for name in SHOWN_DRIFT:
-            head = "Δ" + name.replace("_", "\n")
-            columns.append((head, "+.2f", lambda row, name=name: (row.drift or {}).get(name)))
+        columns += [_drift_of(measure) for measure in SHOWN_DRIFT]
     return columns
+
+
+def _speed_with(decoder: str) -> Column:
+    return f"E2E\n{decoder}", "", lambda row: row.decoders[decoder]["e2e_fps"]
+
+
+def _drift_of(measure: str) -> Column:
+    return "Δ" + measure.replace("_", "\n"), "+.2f", lambda row: (row.drift or {}).get(measure)
 
 
 def _roofline(result: BenchResult) -> Table:
@@ -99,11 +104,11 @@ def _caption(result: BenchResult) -> str:
     prompts = len(result.trials[result.reference])
     noise = max(row.spread for row in result.rows)
     counted = min(row.steady_chunks for row in result.rows)
-    weights = f"random weights, {place['layers']} layers" if place["random_weights"] else "its own weights"
+    layers, threads = (f"{place[word]} {word[: -1 if place[word] == 1 else None]}" for word in ("layers", "threads"))
+    weights = f"random weights, {layers}" if place["random_weights"] else "its own weights"
     lines = [
         f"{place['model']} ({weights}), {bench['seconds']:g} s of video, {prompts} prompt{'s' * (prompts > 1)}, "
-        f"seed {bench['seed']}, {place['device']}, {place['dtype']}, "
-        f"{place['threads']} thread{'s' * (place['threads'] != 1)}",
+        f"seed {bench['seed']}, {place['device']}, {place['dtype']}, {threads}",
         "D-: denoising. D: with the clean pass. E2E: with this decoder, to bytes, without encoding. "
         f"Of {counted} chunks{' with full windows' * _are_full(result)}.",
     ]

@@ -79,7 +79,7 @@ def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
         size = parse_size(model.size) if model.size else None
         backbone = random_backbone(model.name, size, find_device(model.device), model.dtype, wanted.layers)
     weight = backbone.model.patch_embedding.weight
-    codecs = {}
+    codecs: dict[str, Codec] = {}
     for name in wanted.decoders:
         codec = backbone.codec if name == OWN else DECODERS[name](weight.dtype, str(weight.device))
         if codec.channels != backbone.shape[0]:

@@ -21,6 +21,7 @@ class EagerWindow:
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.geometry = geometry
+        self._past = geometry.span - geometry.chunk  # frames kept beside the chunk
         shape = (1, geometry.span * geometry.tokens, geometry.heads, geometry.head_dim)
         self.keys, self.values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.layers)] for _ in range(2)
@@ -38,14 +39,13 @@ class EagerWindow:
         """q, k, v [1, N, H, D] before RoPE -> [1, N, H, D], over the past and the chunk itself."""
         tokens = self.geometry.tokens
         self._frames = q.shape[1] // tokens
-        if surplus := max(0, self._held[layer] + self._frames - self.geometry.span):
-            self._roll(layer, surplus)
+        self._roll(layer, max(0, self._held[layer] + self._frames - self.geometry.span))
         begin, end = (tokens * n for n in (self._held[layer], self._held[layer] + self._frames))
         keys, values = self.keys[layer], self.values[layer]
         keys[:, begin:end], values[:, begin:end] = k, v
         query, key = rotate(q, self._phase[begin:end]), rotate(keys[:, :end], self._phase[:end])
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, values[:, :end])))
-        return out.transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, values[:, :end]))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     def advance(self, shot: int = 0, latents: Tensor | None = None, settled: bool = True) -> None:
         """Makes the chunk of the last pass part of the past. A window asks neither for shots nor for pictures."""
@@ -54,7 +54,9 @@ class EagerWindow:
 
     def forget(self, since: int) -> None:
         """Drops every frame from number `since` on and continues there."""
-        self._held = [max(0, held - (self.now - since)) for held in self._held]
+        for layer, held in enumerate(self._held):
+            self._roll(layer, max(0, held - self._past))  # a window had dropped these when the last chunk came
+            self._held[layer] = max(0, self._held[layer] - (self.now - since))
         self.now = since
 
     def flush(self) -> None:
@@ -62,13 +64,19 @@ class EagerWindow:
 
     def stats(self) -> CacheStats:
         """Bytes and frames, now."""
-        chunk, span = self.geometry.chunk, self.geometry.span
-        held = min(self._held[0], span - chunk)
-        nbytes = sum(x.nbytes for x in (*self.keys, *self.values))
-        return CacheStats(nbytes, {"memory": held}, {"memory": span - chunk}, float(span), float(held + chunk))
+        held, chunk = min(self._held[0], self._past), self.geometry.chunk
+        return CacheStats(
+            nbytes=sum(x.nbytes for x in (*self.keys, *self.values)),
+            frames={"memory": held},
+            capacity={"memory": self._past},
+            mean_frames=self._past + chunk,
+            next_frames=held + chunk,
+        )
 
     def _roll(self, layer: int, frames: int) -> None:
         """Drops the oldest frames of a layer: what is left moves to the front."""
+        if not frames:
+            return
         tokens = self.geometry.tokens
         begin, end = frames * tokens, self._held[layer] * tokens
         for store in (self.keys[layer], self.values[layer]):

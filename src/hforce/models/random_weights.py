@@ -57,7 +57,8 @@ def random_backbone(name: str, size: tuple[int, int] | None, device: str, dtype:
 
 def materialise(blank: Module, dtype: torch.dtype, device: str) -> Module:
     """A module that was made on the meta device, on a real one and with random weights."""
-    return fill(blank.to(dtype).to_empty(device=device)).eval().requires_grad_(False)
+    nn.Module.to(blank, dtype)  # that of diffusers warns of casts, which could only matter to weights with a meaning
+    return fill(blank.to_empty(device=device)).eval().requires_grad_(False)
 
 
 @torch.no_grad()
