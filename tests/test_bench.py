@@ -346,7 +346,8 @@ def test_every_decoder_has_a_speed_of_its_own() -> None:
 
 def test_speed_is_paired_by_prompt() -> None:
     """A machine that slows down in the second prompt slows all setups."""
-    rows = make_rows({"sink": [trial([1.0] * 4), trial([4.0] * 4)], "window": [trial([2.0] * 4), trial([8.0] * 4)]}, 1, "taehv")
+    trials = {"sink": [trial([1.0] * 4), trial([4.0] * 4)], "window": [trial([2.0] * 4), trial([8.0] * 4)]}
+    rows = make_rows(trials, 1, "taehv")
     assert rows[0].speed == {"sink": 1.0, "window": 2.0}
     assert rows[0].denoise_fps == median([12 / 0.75, 12 / 3.0])
     assert rows[0].spread == pytest.approx((16 - 4) / 10)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hforce.bench_report import BenchResult, Row
+from hforce.bench_report import BenchResult, Row, Sample
 from hforce.plots import check_plot, save_figure
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ SMOOTH = 9  # chunks of the running median in the picture
 DPI = 130
 # Okabe and Ito: apart for all kinds of colour vision, and as many as there are setups.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#22262B")
+STAGE_COLORS = ("#3B5B92", "#7A8FB5", "#B08A4A")
 LEAST_SCALE = 0.1  # of the axis of drift, so that next to nothing looks like it
 
 
 def plot(result: BenchResult, path: Path) -> None:
-    """A PNG of chunk time over the video, frames a second and, where it is judged, drift.
+    """A PNG: chunk time and memory over the video, the stages of a chunk, frames a second and, where judged, drift.
 
     Raises what `check_plot` raises, and OutputError or its kin when the file cannot be written.
     """
@@ -33,10 +34,13 @@ def plot(result: BenchResult, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), dpi=DPI, layout="constrained", facecolor="white")
+    judged = any(row.drift for row in result.rows)
+    figure = Figure(figsize=(11, 10.5 if judged else 7.5), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    times, speeds, *drifts = _panels(figure, any(row.drift for row in result.rows))
+    times, memory, stages, speeds, *drifts = _panels(figure, judged)
     _draw_times(times, result)
+    _draw_memory(memory, result)
+    _draw_stages(stages, result)
     _draw_speeds(speeds, result.rows)
     for axes in drifts:
         _draw_drift(axes, result.rows)
@@ -44,29 +48,62 @@ def plot(result: BenchResult, path: Path) -> None:
 
 
 def _panels(figure: Any, judged: bool) -> list[Axes]:
-    """One wide panel above; below one, or two of which the second has more room."""
-    grid = figure.add_gridspec(2, 2, width_ratios=(2, 3))
-    wide = figure.add_subplot(grid[0, :])
-    places = [grid[1, 0], grid[1, 1]] if judged else [grid[1, :]]
-    return [wide, *(figure.add_subplot(place) for place in places)]
+    """Two rows of two panels, and a wide one below where there is drift to show."""
+    grid = figure.add_gridspec(3 if judged else 2, 2, width_ratios=(3, 2))
+    places = [grid[0, 0], grid[0, 1], grid[1, 0], grid[1, 1], *([grid[2, :]] if judged else [])]
+    return [figure.add_subplot(place) for place in places]
 
 
 def _draw_times(axes: Axes, result: BenchResult) -> None:
     """Median over prompts of every chunk's time, thin, and a running median of it."""
-    fps = result.config["video"]["fps"]
     tops = []
-    for number, row in enumerate(result.rows):
-        runs = [trial.samples for trial in result.trials[row.setup]]
-        length = min(map(len, runs))
-        times = 1e3 * np.median([[s.whole for s in run[:length]] for run in runs], axis=0)
-        seconds = np.cumsum([s.frames for s in runs[0][:length]]) / fps
-        color = COLORS[number % len(COLORS)]
+    for row, color in zip(result.rows, COLORS, strict=False):
+        seconds, found = _course(result, row.setup, lambda sample: sample.whole)
+        times = 1e3 * found
         axes.plot(seconds, times, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(seconds, _running_median(times), color=color, linewidth=1.8, label=row.setup)
         tops.append(np.percentile(times[result.warmup :], 99))
     axes.set(xlabel="seconds of video", ylabel="ms a chunk", title="Time of a chunk", ylim=(0, 1.15 * max(tops)))
-    axes.legend(loc="upper left", ncols=len(result.rows), frameon=False)
+    axes.legend(loc="upper left", ncols=3, frameon=False, fontsize=8)
     _tidy(axes)
+
+
+def _draw_memory(axes: Axes, result: BenchResult) -> None:
+    """Keys and values that the next chunk reads, and thin what is allocated for them from the start."""
+    for row, color in zip(result.rows, COLORS, strict=False):
+        seconds, frames = _course(result, row.setup, lambda sample: sample.frames_read)
+        allocated = row.kv_bytes / 1e6
+        axes.plot(seconds, allocated * frames / row.frames_read, color=color, linewidth=1.8)
+        axes.axhline(allocated, color=color, linewidth=0.8, alpha=0.6, linestyle=":")
+    axes.set(xlabel="seconds of video", ylabel="MB", title="Keys and values: in use, and allocated (dotted)")
+    axes.set_ylim(bottom=0)
+    _tidy(axes)
+
+
+def _course(result: BenchResult, setup: str, number: Callable[[Sample], float]) -> tuple[Any, Any]:
+    """Seconds of video at the end of every chunk, and a number of the chunk, the median over prompts."""
+    runs = [trial.samples for trial in result.trials[setup]]
+    length = min(map(len, runs))
+    values = np.median([[number(sample) for sample in run[:length]] for run in runs], axis=0)
+    return np.cumsum([sample.frames for sample in runs[0][:length]]) / result.config["video"]["fps"], values
+
+
+def _draw_stages(axes: Axes, result: BenchResult) -> None:
+    """Where the time of a mean chunk goes: a bar for every setup."""
+    spots = np.arange(len(result.rows))
+    left = np.zeros(len(spots))
+    for number, name in enumerate(next(iter(result.stages.values()))):
+        times = np.array([1e3 * result.stages[row.setup][name].seconds for row in result.rows])
+        shares = [f"{result.stages[row.setup][name].share:.0%}" for row in result.rows]
+        bars = axes.barh(spots, times, 0.6, left, color=STAGE_COLORS[number], label=name)
+        axes.bar_label(bars, shares, label_type="center", fontsize=8, color="white")
+        left += times
+    axes.set_yticks(spots, [row.setup for row in result.rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a chunk", title="Stages of a mean chunk, with their share of the ceiling")
+    axes.set_ylim(len(spots) - 0.4, -1.1)
+    axes.legend(loc="upper left", ncols=3, frameon=False, fontsize=8)
+    _tidy(axes, "x")
 
 
 def _running_median(values: Any) -> Any:
@@ -108,7 +145,7 @@ def _draw_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, tuple[Ite
     _tidy(axes)
 
 
-def _tidy(axes: Axes) -> None:
+def _tidy(axes: Axes, along: Literal["x", "y"] = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
+    axes.grid(axis=along, alpha=0.25)
     axes.set_axisbelow(True)

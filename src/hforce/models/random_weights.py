@@ -67,13 +67,11 @@ def fill(module: Module) -> Module:
 
     Zeros would not do: hardware takes less power on them and runs faster. Biases lie around 0, gains of norms around 1.
     """
-    generators: dict[torch.device, torch.Generator] = {}
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(SEED)
     for name, weight in module.named_parameters():
-        if weight.device not in generators:
-            generators[weight.device] = torch.Generator(weight.device).manual_seed(SEED)
         fan_in = weight[0].numel()
         mean, spread = (0.0, fan_in**-0.5) if fan_in > 1 else (float(not name.endswith("bias")), SPREAD)
-        weight.normal_(mean, spread, generator=generators[weight.device])
+        weight.normal_(mean, spread, generator=generator)
     return module
 
 
