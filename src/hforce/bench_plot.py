@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ PLOTTED_DRIFT = (
 )  # fmt: skip
 SMOOTH = 9  # chunks of the running median in the picture
 DPI = 130
-# Okabe and Ito: apart for all kinds of colour vision, and as many as there are setups.
+# Okabe and Ito: apart for all kinds of colour vision. They begin anew where there are more setups.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#22262B")
 STAGE_COLORS = ("#3B5B92", "#7A8FB5", "#B08A4A")
 LEAST_SCALE = 0.1  # of the axis of drift, so that next to nothing looks like it
@@ -57,7 +58,7 @@ def _panels(figure: Any, judged: bool) -> list[Axes]:
 def _draw_times(axes: Axes, result: BenchResult) -> None:
     """Median over prompts of every chunk's time, thin, and a running median of it."""
     tops = []
-    for row, color in zip(result.rows, COLORS, strict=False):
+    for row, color in zip(result.rows, cycle(COLORS), strict=False):
         seconds, found = _course(result, row.setup, lambda sample: sample.whole)
         times = 1e3 * found
         axes.plot(seconds, times, color=color, alpha=0.3, linewidth=0.8)
@@ -70,7 +71,7 @@ def _draw_times(axes: Axes, result: BenchResult) -> None:
 
 def _draw_memory(axes: Axes, result: BenchResult) -> None:
     """Keys and values that the next chunk reads, and thin what is allocated for them from the start."""
-    for row, color in zip(result.rows, COLORS, strict=False):
+    for row, color in zip(result.rows, cycle(COLORS), strict=False):
         seconds, frames = _course(result, row.setup, lambda sample: sample.frames_read)
         allocated = row.kv_bytes / 1e6
         axes.plot(seconds, allocated * frames / row.frames_read, color=color, linewidth=1.8)
@@ -124,7 +125,7 @@ def _draw_speeds(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _draw_drift(axes: Axes, rows: Sequence[Row]) -> None:
     series, top = {}, LEAST_SCALE
-    for row, color in zip(rows, COLORS, strict=False):
+    for row, color in zip(rows, cycle(COLORS), strict=False):
         values = [(row.drift or {}).get(name) for name in PLOTTED_DRIFT]
         series[row.setup] = ([np.nan if value is None else value for value in values], color)
         top = max([top, *(abs(value) for value in values if value is not None)])
@@ -141,6 +142,7 @@ def _draw_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, tuple[Ite
         spots = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * width
         axes.bar(spots, list(heights), width, color=color, label=label)
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
 
