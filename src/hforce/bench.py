@@ -151,7 +151,7 @@ class Entrant:
         self._player = self._play()
         weighed = weigh(self._next, device)
         self.opening = weighed.left if weighed else None
-        self.stream.cache.reset()
+        self.stream.cache.reset()  # playing does so, too, but only once the first chunk is asked for
         self._player = self._play()
 
     def advance(self) -> Chunk:

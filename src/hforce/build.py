@@ -67,17 +67,10 @@ def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
 
     Raises ConfigError for settings that do not go together, and what `build_backbone` or `random_backbone` raise.
     """
-    model, wanted = config.model, config.bench
+    wanted = config.bench
     if wanted.layers and not wanted.random_weights:
         raise ConfigError("bench.layers takes layers away, and weights would mean nothing", "add --random-weights")
-    if not wanted.random_weights:
-        backbone = build_backbone(config)
-    elif given := [name for name in ("checkpoint", "base", "lora", "vae") if getattr(model, name)]:
-        raise ConfigError(f"model.{given[0]} and random weights exclude each other", "leave out one of them")
-    else:
-        set_threads(model.threads)
-        size = parse_size(model.size) if model.size else None
-        backbone = random_backbone(model.name, size, find_device(model.device), model.dtype, wanted.layers)
+    backbone = build_random_backbone(config) if wanted.random_weights else build_backbone(config)
     weight = backbone.model.patch_embedding.weight
     codecs: dict[str, Codec] = {}
     for name in wanted.decoders:
@@ -86,8 +79,18 @@ def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
             message = f"decoder {name!r} reads latents of {codec.channels} channels, those of {backbone.name!r} have"
             raise ConfigError(f"{message} {backbone.shape[0]}", f"set bench.decoders to [{OWN}]")
         codecs.setdefault(codec.name, codec)
-    own = next(iter(codecs))
-    return replace(backbone, codec=codecs.pop(own)), codecs
+    first = next(iter(codecs))
+    return replace(backbone, codec=codecs.pop(first)), codecs
+
+
+def build_random_backbone(config: Config) -> Backbone:
+    """A model of the shape of the one named, with random weights. Raises ConfigError where files are named, too."""
+    model = config.model
+    if given := [name for name in ("checkpoint", "base", "lora", "vae") if getattr(model, name)]:
+        raise ConfigError(f"model.{given[0]} and random weights exclude each other", "leave out one of them")
+    set_threads(model.threads)
+    size = parse_size(model.size) if model.size else None
+    return random_backbone(model.name, size, find_device(model.device), model.dtype, config.bench.layers)
 
 
 def advise(family: Family, sample: SampleConfig) -> None:

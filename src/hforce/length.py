@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hforce.bench import BenchProgress, choose_setups, find_schedule
 from hforce.build import build_backbone, build_plan, build_roles, build_script, build_stream, check_cache, count_cores
-from hforce.config import Config, ModelConfig
+from hforce.config import OWN, Config, ModelConfig
 from hforce.documents import read_document
 from hforce.errors import ConfigError, HforceError, UnavailableError, cannot_write
 from hforce.generate import decoded, file_digest
@@ -128,6 +128,9 @@ def choose_lengths(config: Config, lengths: Sequence[int] = LENGTHS) -> tuple[in
         told = f"{config.model.name!r}" + (f" at {config.model.size}" if config.model.size else "")
         raise ConfigError(f"the length experiment judges the model {MODEL!r} at {SIZES[1]}, not {told}",
                           "leave --model and --size out")  # fmt: skip
+    if config.bench.random_weights or config.bench.layers or config.bench.decoders != [OWN]:
+        raise ConfigError("the length experiment judges videos, which takes the model's own weights and decoder",
+                          "leave --random-weights, bench.layers and bench.decoders out")  # fmt: skip
     if config.bench.prompts:
         raise ConfigError("the length experiment draws its own prompts", "leave bench.prompts out")
     if config.video.fps != FPS:
