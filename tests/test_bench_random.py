@@ -147,6 +147,7 @@ def test_a_decoder_for_other_latents_is_refused(config: Config) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on machines with other things to do
 def test_wan_runs_from_the_command_line(command: Command, tmp_path: Path, config: Config) -> None:
     """One layer of the true width, at a size for tests."""
     where = tmp_path / "gpu.json"
@@ -164,6 +165,7 @@ def test_wan_runs_from_the_command_line(command: Command, tmp_path: Path, config
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on machines with other things to do
 def test_both_decoders_are_timed_on_the_same_chunks(config: Config) -> None:
     pytest.importorskip("diffusers")
     plan = replace(config.bench, layers=1, warmup=0, seconds=1.0, setups=["window"], decoders=["taehv", "wan-vae"])
