@@ -143,6 +143,8 @@ def test_lengths_beyond_the_duration_are_left_out(config: Config) -> None:
         ("model", {"name": "wan"}, "judges the model 'tiny' at 64x64, not 'wan'"),
         ("model", {"size": "128x128"}, "not 'tiny' at 128x128"),
         ("bench", {"prompts": "p.txt"}, "draws its own prompts"),
+        ("bench", {"random_weights": True}, "takes the model's own weights and decoder"),
+        ("bench", {"decoders": ["own", "taehv"]}, "takes the model's own weights and decoder"),
         ("bench", {"seconds": 4.0}, "the shortest length is 5s, bench.seconds is 4"),
         ("bench", {"setups": ["sink", "sink"]}, "names sink, sink"),
         ("video", {"fps": 8}, "16 frames a second, video.fps is 8"),

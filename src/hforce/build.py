@@ -6,9 +6,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
-from hforce.config import CacheConfig, Config, ModelConfig, SampleConfig
+from hforce.config import OWN, CacheConfig, Config, ModelConfig, SampleConfig
 from hforce.errors import ConfigError, DataError, InputError
-from hforce.models.base import Backbone, Source
+from hforce.models.base import Backbone, Codec, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
 from hforce.models.hub import pin, read_id, resolve
-from hforce.models.registry import load_backbone
+from hforce.models.random_weights import DECODERS, random_backbone
+from hforce.models.registry import find_device, load_backbone
 from hforce.prompts import Shot
 from hforce.resources import resource
 from hforce.sampler import make_steps
@@ -32,6 +34,7 @@ from hforce.units import parse_size
 log = logging.getLogger(__name__)
 
 HUB_PARTS = ("checkpoint", "base", "lora", "vae")  # settings of a model that may be names on the hub
+SHARES: Mapping[HeadRole, float] = MappingProxyType({HeadRole.LOCAL: 0.15, HeadRole.ANCHOR: 0.25})
 ROUNDING = 1e-6  # video frames by which a length in seconds may miss the whole number it was made from
 
 
@@ -66,6 +69,38 @@ def build_backbone(config: Config) -> Backbone:
     if family and family.note:
         log.warning("%s: %s", family.name, family.note)
     return replace(backbone, family=family, geometry=replace(backbone.geometry, chunk=recipe.chunk))
+
+
+def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
+    """The model that a bench runs, and the codecs whose decoders are timed beside its own, by name.
+
+    Raises ConfigError for settings that do not go together, and what `build_backbone` or `random_backbone` raise.
+    """
+    wanted = config.bench
+    if wanted.layers and not wanted.random_weights:
+        raise ConfigError("bench.layers takes layers away, and weights would mean nothing", "add --random-weights")
+    backbone = build_random_backbone(config) if wanted.random_weights else build_backbone(config)
+    weight = backbone.model.patch_embedding.weight
+    codecs: dict[str, Codec] = {}
+    for name in wanted.decoders:
+        codec = backbone.codec if name == OWN else DECODERS[name](weight.dtype, str(weight.device))
+        if codec.channels != backbone.shape[0]:
+            message = f"decoder {name!r} reads latents of {codec.channels} channels, those of {backbone.name!r} have"
+            raise ConfigError(f"{message} {backbone.shape[0]}", f"set bench.decoders to [{OWN}]")
+        codecs.setdefault(codec.name, codec)
+    first = next(iter(codecs))
+    return replace(backbone, codec=codecs.pop(first)), codecs
+
+
+def build_random_backbone(config: Config) -> Backbone:
+    """A model of the shape of the one named, with random weights. Raises ConfigError where files are named, too."""
+    model = config.model
+    if given := [name for name in ("checkpoint", "base", "lora", "vae") if getattr(model, name)]:
+        raise ConfigError(f"model.{given[0]} and random weights exclude each other", "leave out one of them")
+    set_threads(model.threads)
+    size = parse_size(model.size) if model.size else None
+    backbone = random_backbone(model.name, size, find_device(model.device), model.dtype, config.bench.layers)
+    return replace(backbone, geometry=replace(backbone.geometry, chunk=effective(config.sample, None).chunk))
 
 
 def pin_model(model: ModelConfig) -> ModelConfig:
@@ -150,12 +185,25 @@ def build_roles(cache: CacheConfig, backbone: Backbone) -> RoleMap:
     layers, heads = backbone.geometry.layers, backbone.geometry.heads
     if cache.roles == "uniform":
         return RoleMap.uniform(HeadRole.MEMORY, layers, heads)
-    profile = build_profile(cache, backbone)
+    known = drawn_roles(layers, heads) if backbone.is_random and not cache.profile else build_profile(cache, backbone)
     if cache.roles == "inverse":
-        return profile.inverse()
+        return known.inverse()
+    roles = known if isinstance(known, RoleMap) else known.role_map()
     if cache.roles.startswith("random:"):
-        return profile.role_map().shuffled(int(cache.roles.removeprefix("random:")))
-    return profile.role_map()
+        return roles.shuffled(int(cache.roles.removeprefix("random:")))
+    return roles
+
+
+def drawn_roles(layers: int, heads: int) -> RoleMap:
+    """Roles for a model of random weights, which has none to measure: the published shares at drawn places.
+
+    15 % local, 25 % anchor and 60 % memory heads (Head Forcing, arXiv 2605.14487), always drawn alike.
+    """
+    total = layers * heads
+    counts = {role: round(share * total) for role, share in SHARES.items()}
+    counts[HeadRole.MEMORY] = total - sum(counts.values())
+    roles = [role for role, count in counts.items() for _ in range(count)]
+    return RoleMap(tuple(tuple(roles[i : i + heads]) for i in range(0, total, heads))).shuffled(seed=0)
 
 
 def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:

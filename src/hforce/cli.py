@@ -224,6 +224,9 @@ def bench(
     ] = "",
     duration: DurationOption = "",
     seed: SeedOption = None,
+    random_weights: Annotated[
+        bool, Option("--random-weights", help="Time a model of the same shape; needs no files.")
+    ] = False,
     suite: Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")] = "",
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: PlotOption = None,
@@ -242,7 +245,7 @@ def bench(
     named = [s.strip() for s in setups.split(",") if s.strip()]
     flags: Flags = {"--setups": ("bench.setups", named), "--prompt-file": ("bench.prompts", prompt_file)}
     flags |= {"--duration": ("bench.seconds", _seconds(duration)), "--seed": ("bench.seed", seed)}
-    flags |= {"--suite": ("bench.suite", suite)}
+    flags |= {"--suite": ("bench.suite", suite), "--random-weights": ("bench.random_weights", random_weights or None)}
     flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     from hforce import bench as speed

@@ -21,6 +21,7 @@ from hforce.rules import Rule, each, falling, nearest, one_of, seconds, size, wi
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
 
 COMMAND_LINE = "--set"
+OWN = "own"  # the decoder that comes with the model
 
 
 @dataclass
@@ -118,6 +119,9 @@ class BenchConfig:
     suite: str = ""  # a named experiment instead, with defaults of its own: see SUITES
     videos: int = 64  # that a suite makes under every setup
     workers: int = 0  # processes that a suite is spread over; 0: as many as there are cores
+    random_weights: bool = False  # a model of the same shape without its files: speed does not depend on the weights
+    layers: int = 0  # of a model with random weights, for small machines; 0: all
+    decoders: list[str] = field(default_factory=lambda: [OWN])  # timed side by side, the others with random weights
 
 
 @dataclass
@@ -160,6 +164,8 @@ SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "hf-11": _budget(episodes=6, window=3),
     "hf-15": _budget(episodes=9, window=6),
 })
+
+EAGER = "reference-eager"  # what `hforce bench` compares besides: `window`, computed as the reference does it
 
 # Named experiments of `hforce bench`: what each changes in BenchConfig.
 SUITES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
@@ -211,13 +217,15 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "profile.query_stride": within(1, 1_000_000),
     "profile.threshold": one_of("quantile", "absolute"),
     "profile.min_vote": within(0, 1),
-    "bench.setups": each(_SETUP),
+    "bench.setups": each(one_of(*SETUPS, EAGER)),
     "bench.seconds": seconds,
     "bench.seed": _SEED,
     "bench.warmup": within(0, 1000, " chunks"),
     "bench.suite": one_of("", *SUITES),
     "bench.videos": within(2, 1000, " videos"),
     "bench.workers": within(0, 1024, " processes"),
+    "bench.layers": within(0, 1000, " layers"),
+    "bench.decoders": each(one_of(OWN, "taehv", "wan-vae")),
 })
 
 

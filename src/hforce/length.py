@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hforce.bench import BenchProgress, choose_setups, environment, find_schedule
+from hforce.bench import BenchProgress, choose_setups, find_schedule
 from hforce.build import build_backbone, build_plan, build_roles, build_script, build_stream, check_cache, count_cores
-from hforce.config import Config, ModelConfig
+from hforce.config import OWN, Config, ModelConfig
 from hforce.documents import file_digest, read_document
 from hforce.errors import ConfigError, HforceError, UnavailableError, cannot_write
 from hforce.generate import decoded
@@ -32,6 +32,7 @@ from hforce.length_report import FILMS, MEASURES, Case, LengthResult, at_lengths
 from hforce.length_report import plot as plot
 from hforce.length_report import table as table
 from hforce.length_report import to_json as to_json
+from hforce.machine import environment
 from hforce.models.base import Backbone
 from hforce.models.tiny import PACKAGED
 from hforce.plots import check_plot as check_plot
@@ -127,6 +128,9 @@ def choose_lengths(config: Config, lengths: Sequence[int] = LENGTHS) -> tuple[in
         told = f"{config.model.name!r}" + (f" at {config.model.size}" if config.model.size else "")
         raise ConfigError(f"the length experiment judges the model {MODEL!r} at {SIZES[1]}, not {told}",
                           "leave --model and --size out")  # fmt: skip
+    if config.bench.random_weights or config.bench.layers or config.bench.decoders != [OWN]:
+        raise ConfigError("the length experiment judges videos, which takes the model's own weights and decoder",
+                          "leave --random-weights, bench.layers and bench.decoders out")  # fmt: skip
     if config.bench.prompts:
         raise ConfigError("the length experiment draws its own prompts", "leave bench.prompts out")
     if config.video.fps != FPS:

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from hforce.bench_report import COLORS, DPI
+from hforce.bench_plot import COLORS, DPI
 from hforce.plots import check_plot, save_figure
 from hforce.toy.metrics import Scores
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import hforce
 from hforce.build import build_backbone, build_sampling, build_stream
+from hforce.cache.heads import HeadCache
 from hforce.cache.roles import (
     Calibration,
     Fingerprint,
@@ -169,6 +170,7 @@ def measure(
     rollout, settings = start.rollout, config.profile
     stream = build_stream(measuring(config, backbone, rollout.mode), backbone, rollout.length, rollout.seed)
     wanted = [(chunk, step) for chunk in rollout.chunks for step in range(len(stream.sampling.steps))]
+    assert isinstance(stream.cache, HeadCache), "attention is measured through the cache of the method"
     probe = Probe(stream.cache, wanted, settings.sink_frames, settings.query_stride)
     stream.attend = probe
     for chunk in stream.play([Take(text, rollout.length)]):

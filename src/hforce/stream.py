@@ -14,12 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hforce.cache.heads import HeadCache
+from hforce.cache.heads import CacheStats
 from hforce.errors import DataError
+from hforce.geometry import Geometry
 from hforce.models.dit import Attend, CausalWan, TextContext
 from hforce.sampler import Step, few_step, keyed_noise
 
@@ -27,6 +29,25 @@ Noise = Callable[[int, Sequence[int]], Iterator[Tensor]]
 """Chunk number and shape -> draws of noise: the start, then one for every re-noising."""
 
 SETTLING = 2  # chunks after a change of prompt in which the drift gate stays open
+
+
+class Past(Protocol):
+    """What a stream asks of a cache; `HeadCache` says what each of these does."""
+
+    geometry: Geometry
+    now: int
+
+    def reset(self) -> None: ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def advance(self, shot: int = 0, latents: Tensor | None = None, settled: bool = True) -> None: ...
+
+    def forget(self, since: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def stats(self) -> CacheStats: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,7 @@ class Stream:
     """
 
     model: CausalWan
-    cache: HeadCache
+    cache: Past
     sampling: Sampling
     shape: tuple[int, int, int]
     noise: Noise

@@ -27,6 +27,7 @@ class CacheStats:
     frames: dict[str, int]
     capacity: dict[str, int]
     mean_frames: float  # frames a head reads when all are held, the chunk included, averaged over heads
+    next_frames: float  # frames a head reads in the next chunk, likewise
 
 
 @dataclass
@@ -199,13 +200,17 @@ class HeadCache:
     def stats(self) -> CacheStats:
         """Bytes and frames, now."""
         counts = self.roles.counts()
-        read = sum(counts[lane.role] * (lane.policy.capacity + self.geometry.chunk) for lane in self.lanes)
+        full, now = (
+            sum(counts[lane.role] * past(lane) for lane in self.lanes) / sum(counts.values()) + self.geometry.chunk
+            for past in (lambda lane: lane.policy.capacity, lambda lane: len(lane.held))
+        )
         stores = [x for group in self.groups for x in (*group.keys, *group.values, *group.times)]
         return CacheStats(
             nbytes=sum(x.nbytes for x in stores),
             frames={lane.role.value: len(lane.held) for lane in self.lanes},
             capacity={lane.role.value: lane.policy.capacity for lane in self.lanes},
-            mean_frames=read / sum(counts.values()),
+            mean_frames=full,
+            next_frames=now,
         )
 
     def _allocate(self, dtype: torch.dtype) -> list[Group]:

@@ -38,9 +38,16 @@ class Decoder(Protocol):
 
 
 class Codec(Protocol):
-    """Between video and latents. `stride` video frames make a latent frame, but the first latent is one video frame."""
+    """Between video and latents. `stride` video frames make a latent frame, but the first latent is one video frame.
 
+    `name` is what it is called in reports, `channels` C.
+    """
+
+    name: str
     stride: int
+
+    @property
+    def channels(self) -> int: ...
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, 3, H, W] in 0..1, T = stride (n - 1) + 1 -> latents [B, n, C, h, w], normalised."""
@@ -70,7 +77,8 @@ class Source:
 class Backbone:
     """A model ready to stream: shape is (C, h, w) of a latent frame, size (W, H) of the video in pixels.
 
-    `family` is what its weights were recognised as, where they come from one of several releases.
+    `family` is what its weights were recognised as, where they come from one of several releases. With is_random they
+    mean nothing: they are there to be timed.
     """
 
     name: str
@@ -82,6 +90,7 @@ class Backbone:
     size: tuple[int, int]
     fingerprint: str
     family: Family | None = None
+    is_random: bool = False
 
 
 Loader = Callable[[Source, tuple[int, int] | None, str, str], Backbone]

@@ -193,9 +193,16 @@ class TAEHV(nn.Module):
 class TaehvCodec:
     """A TAEHV between video and the transformer's latents, which are its own less a mean and divided by a deviation."""
 
+    name = "taehv"
+
     def __init__(self, net: TAEHV, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
         self.net, self.mean, self.std = net, mean, std
         self.stride = net.config.stride
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.net.config.latent_channels
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]. What it needs does not grow with the video."""

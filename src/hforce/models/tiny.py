@@ -117,7 +117,12 @@ def load_tiny(source: Source, size: tuple[int, int] | None, device: str, dtype: 
     """
     if odd := [f"model.{name}" for name in ("base", "lora", "vae") if getattr(source, name)]:
         raise ConfigError(f"the tiny model takes no {', '.join(odd)}", "leave it out, or name another model with -m")
-    tiny = TinyModel.load(Path(source.checkpoint) if source.checkpoint else PACKAGED).to(device)
+    tiny = TinyModel.load(Path(source.checkpoint) if source.checkpoint else PACKAGED)
+    return assemble_tiny(tiny.to(device), size, dtype)
+
+
+def assemble_tiny(tiny: TinyModel, size: tuple[int, int] | None, dtype: str) -> Backbone:
+    """A tiny model for videos of a size (width, height) in pixels; dtype "auto" is float32."""
     config = tiny.dit.config
     mark = fingerprint(tiny.dit)
     tiny.dit.to(getattr(torch, "float32" if dtype == "auto" else dtype))

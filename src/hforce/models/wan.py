@@ -55,8 +55,7 @@ def load_wan(name: str, source: Source, size: tuple[int, int] | None, device: st
     base = find_base(source.base, place)
     parts = find_parts(base, find_vae(source.vae, base))
     require("wan", *PACKAGES)
-    auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    precision = getattr(torch, auto if dtype == "auto" else dtype)
+    precision = choose_precision(device, dtype)
     model = load_transformer(checkpoint, precision, device)
     shape = (checkpoint.config.text_len, checkpoint.config.text_dim)
     # As it is stored: float16 overflows in umT5, float32 takes twice the memory.
@@ -66,6 +65,12 @@ def load_wan(name: str, source: Source, size: tuple[int, int] | None, device: st
     codec = load_codec(parts.vae, precision, device)
     made = assemble(name, model, text, codec, size, fingerprint_of(checkpoint.state))
     return replace(made, family=checkpoint.family)
+
+
+def choose_precision(device: str, dtype: str) -> torch.dtype:
+    """What a dtype name stands for on a device; "auto" is bfloat16 on a GPU, float32 on a CPU."""
+    auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return auto if dtype == "auto" else getattr(torch, dtype)
 
 
 def check_name(name: str, checkpoint: Checkpoint) -> str:

@@ -32,13 +32,21 @@ Features = list[Any]
 class WanCodec:
     """AutoencoderKLWan between video and normalised latents."""
 
-    stride = STRIDE
+    name, stride, channels = "wan-vae", STRIDE, CHANNELS
 
     def __init__(self, net: Any) -> None:
         self.net = net
-        weight = net.post_quant_conv.weight
-        self.device, self.dtype = weight.device, weight.dtype
         self.mean, self.std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.net.post_quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        return self.net.post_quant_conv.weight.dtype
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def look(config: Config, backbone: Backbone, prompt: str, seed: int) -> Tensor:
     """Attention of every head in the last chunk of the trained span, by frame: [L, H, frames], rows add up to 1."""
     chunks = backbone.geometry.span // backbone.geometry.chunk
     stream = build_stream(measuring(config, backbone, MODE), backbone, chunks, seed)
+    assert isinstance(stream.cache, HeadCache), "attention is measured through the cache of the method"
     stream.attend = watch = Watch(stream.cache, chunks - 1)
     for _ in stream.play([Take(backbone.encode_text(prompt), chunks)]):
         pass
