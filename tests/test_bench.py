@@ -20,9 +20,10 @@ from hforce.bench import BenchProgress, Edges, choose_setups, enter, plan_course
 from hforce.bench_report import DEFINITIONS, KIND, BenchResult, Sample, Trial, choose_reference, make_rows
 from hforce.build import build_backbone, build_script, build_stream
 from hforce.cache.roles import save_profile
-from hforce.config import BenchConfig, CacheConfig, Config, ModelConfig, with_setup
+from hforce.config import with_setup
 from hforce.errors import ConfigError, DataError, OutputError, UnavailableError
 from hforce.prompts import Item, Shot
+from hforce.settings import BenchConfig, CacheConfig, Config, ModelConfig
 from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import drift, read_frames
 from hforce.toy.world import FPS, Scene, render

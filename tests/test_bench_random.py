@@ -15,12 +15,13 @@ from hforce.bench_report import BenchResult, steady
 from hforce.build import build_bench_backbone, build_policy, build_roles, drawn_roles
 from hforce.cache.heads import HeadCache
 from hforce.cache.roles import HeadRole, RoleMap, head_order
-from hforce.config import BenchConfig, Config, ModelConfig, SampleConfig, with_setup
+from hforce.config import with_setup
 from hforce.errors import ConfigError
 from hforce.geometry import Geometry
 from hforce.models.random_weights import SHAPES
 from hforce.models.wan import SMALL
 from hforce.roofline import ATTENTION, DECODER, OTHERS
+from hforce.settings import BenchConfig, Config, ModelConfig, SampleConfig
 
 SETUPS = ["window", "head-forcing", "reference-eager"]
 RELEASE = (30, 12)  # layers and heads of Wan2.1 1.3B

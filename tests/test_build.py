@@ -27,11 +27,12 @@ from hforce.build import (
 )
 from hforce.cache.policies import Anchor, Full, Local, Memory, Sink, Window
 from hforce.cache.roles import HeadRole, RoleMap
-from hforce.config import SETUPS, CacheConfig, Config, RolePolicy, SampleConfig, load_config
+from hforce.config import load_config
 from hforce.errors import ConfigError, DataError, InputError
 from hforce.models.base import Backbone
 from hforce.models.families import Recipe, find_family
 from hforce.prompts import Shot
+from hforce.settings import SETUPS, CacheConfig, Config, RolePolicy, SampleConfig
 
 
 @pytest.fixture(scope="module")

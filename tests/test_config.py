@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hforce.config import SETUPS, CacheConfig, Config, RolePolicy, describe, load_config, violations, with_setup
+from hforce.config import describe, load_config, violations, with_setup
 from hforce.errors import ConfigError, HforceError, InputError, UsageError
 from hforce.resources import resource
+from hforce.settings import SETUPS, CacheConfig, Config, RolePolicy
 from hforce.units import Grid, parse_duration, parse_moment, parse_size
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hforce import generate
 from hforce.build import build_backbone, build_plan, build_script, build_stream
-from hforce.config import Config, load_config
+from hforce.config import load_config
 from hforce.documents import file_digest
 from hforce.errors import CheckpointError, RoomError, UnavailableError, memory_for
 from hforce.generate import decoded
@@ -28,6 +28,7 @@ from hforce.models.base import Decoder
 from hforce.models.checkpoints import load_transformer, open_checkpoint
 from hforce.models.registry import choose_dtype, has_bfloat16
 from hforce.prompts import Item, Shot
+from hforce.settings import Config
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle bouncing sideways on a green striped background"
@@ -49,7 +50,7 @@ def flip(path: Path, name: str, place: int, bit: int) -> None:
 
 @pytest.mark.parametrize("place", [0, 77, 300])
 def test_a_flipped_bit_that_makes_a_weight_absurd_is_found_in_any_file(place, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "hforce")
     path, name = write(small_wan().state_dict(), tmp_path / "w.safetensors"), "blocks.1.ffn.0.weight"
     load_transformer(open_checkpoint(path), torch.float32, "cpu")
     assert f"no checksum is known of {path}" in caplog.text
@@ -63,7 +64,7 @@ def test_a_flipped_bit_that_makes_a_weight_absurd_is_found_in_any_file(place, tm
 @pytest.mark.parametrize("folder", [False, True])
 def test_any_flipped_bit_is_found_in_a_file_of_the_hub(folder, tmp_path, caplog):
     """The hub's cache keeps a large file under its SHA-256, and links to it from the commits that have it."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "hforce")
     draft = write(small_wan().state_dict(), tmp_path / "draft")
     blob, link = tmp_path / "blobs" / file_digest(draft), tmp_path / "snapshots" / ("a" * 40) / "w.safetensors"
     blob.parent.mkdir()

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from hforce import generate
 from hforce.build import build_backbone, build_plan, build_script, build_stream
-from hforce.config import SETUPS, Config, load_config
+from hforce.config import load_config
 from hforce.errors import DataError, HforceError, OutputError, WriteError
 from hforce.generate import Progress, Result, Sheet, choose_targets, decoded, to_bytes
 from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
 from hforce.models.tiny import WORD_INDEX, WordEncoder
 from hforce.models.weights import read_safetensors
 from hforce.prompts import Item, Shot, load_prompts
+from hforce.settings import SETUPS, Config
 from hforce.video import FfmpegSink
 
 CIRCLE = "a red circle bouncing sideways on a green striped background"

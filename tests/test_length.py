@@ -21,11 +21,12 @@ from hforce import length
 from hforce.bench import BenchProgress, find_schedule
 from hforce.build import build_backbone, build_plan
 from hforce.cache.roles import save_profile
-from hforce.config import SETUPS, BenchConfig, CacheConfig, Config, ModelConfig, load_config, with_setup
+from hforce.config import load_config, with_setup
 from hforce.errors import ConfigError, DataError, OutputError
 from hforce.length import choose_lengths, draw_case, fingerprint_of, notes_path, plan_shots
 from hforce.length_report import FILMS, MEASURES, LengthResult
 from hforce.prompts import Shot
+from hforce.settings import SETUPS, BenchConfig, CacheConfig, Config, ModelConfig
 from hforce.toy.evaluate import generate
 from hforce.toy.film import Cut, Film
 from hforce.toy.metrics import read_frames, score

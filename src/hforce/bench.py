@@ -30,7 +30,7 @@ from hforce.bench_table import table as table
 from hforce.build import Plan, build_bench_backbone, build_plan, build_roles, build_script, build_stream, effective
 from hforce.cache.eager import EagerWindow
 from hforce.cache.roles import head_order
-from hforce.config import EAGER, SETUPS, Config, with_setup
+from hforce.config import with_setup
 from hforce.errors import ConfigError, HforceError
 from hforce.generate import decoded, to_bytes
 from hforce.machine import (
@@ -59,6 +59,7 @@ from hforce.roofline import (
     pass_work,
 )
 from hforce.rules import nearest
+from hforce.settings import EAGER, SETUPS, Config
 from hforce.stream import Chunk, Stream, Take
 from hforce.toy.metrics import drift, read_frames
 from hforce.toy.words import Prompt, parse

@@ -18,7 +18,6 @@ from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
-from hforce.config import OWN, CacheConfig, Config, ModelConfig, SampleConfig
 from hforce.errors import ConfigError, DataError, InputError
 from hforce.models.base import Backbone, Codec, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
@@ -28,6 +27,7 @@ from hforce.models.registry import find_device, load_backbone
 from hforce.prompts import Shot
 from hforce.resources import resource
 from hforce.sampler import make_steps
+from hforce.settings import OWN, CacheConfig, Config, ModelConfig, SampleConfig
 from hforce.stream import Sampling, Stream, Switch, Take, seeded
 from hforce.units import parse_size
 

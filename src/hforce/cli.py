@@ -13,13 +13,14 @@ import typer
 from typer import Option
 
 import hforce
+from hforce import options
 from hforce.errors import ConfigError, InterruptedRun, UsageError
 from hforce.shell import run, say, start
 
 if TYPE_CHECKING:
-    from hforce.config import Config
     from hforce.generate import Result
     from hforce.prompts import Item
+    from hforce.settings import Config
 
 log = logging.getLogger(__name__)
 
@@ -32,39 +33,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-
-PromptOption = Annotated[
-    list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
-]
-OutputOption = Annotated[Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")]
-ModelOption = Annotated[
-    str, Option("--model", "-m", metavar="NAME", help="A preset, as tiny; Wan2.1's weights; org/name of the hub.")
-]
-DeviceOption = Annotated[str, Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps.  [default: auto]")]
-RevisionOption = Annotated[str, Option("--revision", metavar="REV", help="Commit, tag or branch of what -m names.")]
-OfflineOption = Annotated[bool, Option("--offline", help="Take from the hub only what is here already.")]
-SizeOption = Annotated[str, Option("--size", metavar="WxH", help="Pixels, as 64x64.  [default: the model's own]")]
-ConfigOption = Annotated[
-    list[Path] | None, Option("--config", "-c", metavar="FILE", help="Settings (YAML); may be repeated.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="One setting, as video.crf=23; may be repeated."),
-]
-SeedOption = Annotated[int | None, Option("--seed", metavar="N", help="Seed of the noise.")]
-DurationOption = Annotated[
-    str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
-]
-InitImageOption = Annotated[
-    str, Option("--init-image", metavar="FILE", help="Start from this picture; part of the length.")
-]
-InitVideoOption = Annotated[
-    str, Option("--init-video", metavar="FILE", help="Go on from this video; part of the length.")
-]
-VaeOption = Annotated[
-    str, Option("--vae", metavar="FILE", help="Another autoencoder; tiny: taew2_1 beside the model's own.")
-]
-PlotOption = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw it, as PNG.")]
 
 Flags = dict[str, tuple[str, Any]]
 """Option as the user writes it -> setting and value; empty values were not given."""
@@ -95,36 +63,28 @@ def common(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: PromptOption = None,
-    prompt_file: Annotated[
-        str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
-    ] = "",
-    output: OutputOption = Path("outputs"),
-    duration: DurationOption = "",
-    frames: Annotated[
-        int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")
-    ] = None,
-    seed: SeedOption = None,
-    policy: Annotated[
-        str, Option("--policy", metavar="NAME", help="head-forcing, hf-10, hf-11, hf-15, window, sink, full...")
-    ] = "",
-    roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
-    profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
-    init_image: InitImageOption = "",
-    init_video: InitVideoOption = "",
-    upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
-    on_exists: Annotated[
-        str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
-    ] = "skip",
-    model: ModelOption = "",
-    revision: RevisionOption = "",
-    offline: OfflineOption = False,
-    device: DeviceOption = "",
-    size: SizeOption = "",
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    vae: VaeOption = "",
-    print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = "",
+    output: options.Output = Path("outputs"),
+    duration: options.Duration = "",
+    frames: options.Frames = None,
+    seed: options.Seed = None,
+    policy: options.Policy = "",
+    roles: options.Roles = "",
+    profile: options.Profile = "",
+    init_image: options.InitImage = "",
+    init_video: options.InitVideo = "",
+    upscale: options.Upscale = None,
+    on_exists: options.Exists = "skip",
+    model: options.Model = "",
+    revision: options.Revision = "",
+    offline: options.Offline = False,
+    device: options.Device = "",
+    size: options.Size = "",
+    config: options.Config = None,
+    set_: options.Set = None,
+    vae: options.Vae = "",
+    print_config: options.Print = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
 
@@ -160,30 +120,22 @@ def generate(
 @app.command()
 def profile(
     context: typer.Context,
-    prompt_file: Annotated[
-        str, Option("--prompt-file", "-f", metavar="FILE", help="Calibration prompts.  [default: 20 packaged ones]")
-    ] = "",
-    output: Annotated[
-        Path, Option("--output", "-o", metavar="FILE", help="Where to write the profile.")
-    ] = Path("profile.json"),
-    plot: PlotOption = None,
-    show: Annotated[Path | None, Option("--show", metavar="FILE", help="Print the map of a profile and stop.")] = None,
-    mode: Annotated[str, Option("--mode", metavar="NAME", help="native21 (5 s videos) or rolling30 (30 s).")] = "",
-    compare: Annotated[bool, Option("--compare", help="Measure in both modes, and how far they agree.")] = False,
-    anchor: Annotated[
-        float | None, Option("--anchor", metavar="SHARE", help="Share of heads that become anchors.")
-    ] = None,
-    local: Annotated[
-        float | None, Option("--local", metavar="SHARE", help="Share of the others that become local.")
-    ] = None,
-    model: ModelOption = "",
-    revision: RevisionOption = "",
-    offline: OfflineOption = False,
-    device: DeviceOption = "",
-    size: SizeOption = "",
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    vae: VaeOption = "",
+    prompt_file: options.Calibration = "",
+    output: options.ProfileFile = Path("profile.json"),
+    plot: options.Plot = None,
+    show: options.Show = None,
+    mode: options.Mode = "",
+    compare: options.Compare = False,
+    anchor: options.Anchor = None,
+    local: options.Local = None,
+    model: options.Model = "",
+    revision: options.Revision = "",
+    offline: options.Offline = False,
+    device: options.Device = "",
+    size: options.Size = "",
+    config: options.Config = None,
+    set_: options.Set = None,
+    vae: options.Vae = "",
 ) -> None:
     """Measure what every attention head looks at, and give it a role.
 
@@ -216,27 +168,21 @@ def profile(
 @app.command()
 def bench(
     context: typer.Context,
-    setups: Annotated[
-        str, Option("--setups", metavar="NAMES", help="Which to compare, as window,hf-10,hf-11,hf-15.")
-    ] = "",
-    prompt_file: Annotated[
-        str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts.  [default: four packaged ones]")
-    ] = "",
-    duration: DurationOption = "",
-    seed: SeedOption = None,
-    random_weights: Annotated[
-        bool, Option("--random-weights", help="Time a model of the same shape; needs no files.")
-    ] = False,
-    suite: Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")] = "",
-    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
-    plot: PlotOption = None,
-    model: ModelOption = "",
-    revision: RevisionOption = "",
-    offline: OfflineOption = False,
-    device: DeviceOption = "",
-    size: SizeOption = "",
-    config: ConfigOption = None,
-    set_: SetOption = None,
+    setups: options.Setups = "",
+    prompt_file: options.BenchPrompts = "",
+    duration: options.Duration = "",
+    seed: options.Seed = None,
+    random_weights: options.Random = False,
+    suite: options.Suite = "",
+    json_file: options.Json = None,
+    plot: options.Plot = None,
+    model: options.Model = "",
+    revision: options.Revision = "",
+    offline: options.Offline = False,
+    device: options.Device = "",
+    size: options.Size = "",
+    config: options.Config = None,
+    set_: options.Set = None,
 ) -> None:
     """Compare the speed and drift of several setups.
 

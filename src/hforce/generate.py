@@ -21,12 +21,12 @@ from torch import Tensor
 
 import hforce
 from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache, effective, pin_model
-from hforce.config import Config, VideoConfig
 from hforce.documents import file_digest, read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, memory_for
 from hforce.models.base import Backbone
 from hforce.opening import Opening, examine, read_opening
 from hforce.prompts import Init, Item, Shot, file_stem
+from hforce.settings import Config, VideoConfig
 from hforce.stream import Chunk, Stream
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
 

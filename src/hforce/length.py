@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hforce.bench import BenchProgress, choose_setups, find_schedule
 from hforce.build import build_backbone, build_plan, build_roles, build_script, build_stream, check_cache, count_cores
-from hforce.config import OWN, Config, ModelConfig
 from hforce.documents import file_digest, read_document
 from hforce.errors import ConfigError, HforceError, UnavailableError, cannot_write
 from hforce.generate import decoded
@@ -37,6 +36,7 @@ from hforce.models.base import Backbone
 from hforce.models.tiny import PACKAGED
 from hforce.plots import check_plot as check_plot
 from hforce.prompts import Shot
+from hforce.settings import OWN, Config, ModelConfig
 from hforce.toy.metrics import read_frames, score
 from hforce.toy.words import LOOKS, sentence
 from hforce.toy.world import FPS, PIXELS, Scene

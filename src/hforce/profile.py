@@ -37,7 +37,6 @@ from hforce.cache.roles import (
     margins,
     save_profile,
 )
-from hforce.config import Config, ProfileConfig, RolePolicy
 from hforce.errors import DataError, OutputError, cannot_write
 from hforce.models.base import Backbone
 from hforce.plots import check_plot as check_plot
@@ -46,6 +45,7 @@ from hforce.plots import show as show
 from hforce.probe import GROUPS, MODES, Probe, RollOut, plan
 from hforce.prompts import load_prompts
 from hforce.resources import resource
+from hforce.settings import Config, ProfileConfig, RolePolicy
 from hforce.stream import Take
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from hforce.build import build_backbone, build_plan, build_script, build_stream
-from hforce.config import Config, load_config
+from hforce.config import load_config
 from hforce.generate import decoded, to_bytes
 from hforce.models.base import Backbone
 from hforce.prompts import Shot
+from hforce.settings import Config
 from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import Scores, read_frames, score
 from hforce.toy.world import FPS, Scene, sentence

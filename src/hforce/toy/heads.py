@@ -19,11 +19,12 @@ from torch import Tensor
 from hforce.build import build_backbone, build_stream
 from hforce.cache.heads import HeadCache
 from hforce.cache.roles import RoleMap
-from hforce.config import Config, load_config
+from hforce.config import load_config
 from hforce.models.base import Backbone
 from hforce.plots import check_plot, save_figure
 from hforce.probe import group_mass
 from hforce.profile import agreement, label_mass, measuring, read_prompts
+from hforce.settings import Config
 from hforce.stream import Take
 
 log = logging.getLogger(__name__)
