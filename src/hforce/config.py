@@ -54,6 +54,7 @@ class CacheConfig:
     profile: str = ""  # a file; empty: the model's packaged one
     switch: str = "recache"  # what happens to the past at a new prompt: keep, flush or recache
     recache_frames: int = 6  # latent frames made anew under the new prompt
+    backend: str = "sdpa"  # what attends: sdpa, varlen, triton, triton-key, reference, or auto: the fastest here
     local: RolePolicy = field(default_factory=lambda: RolePolicy("local"))
     anchor: RolePolicy = field(default_factory=lambda: RolePolicy("anchor"))
     memory: RolePolicy = field(default_factory=lambda: RolePolicy("memory"))
@@ -168,6 +169,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "cache.roles": one_of("profile", "inverse", "uniform", also=r"random:\d{1,18}", shown="random:SEED"),
     "cache.switch": one_of("keep", "flush", "recache"),
     "cache.recache_frames": within(0, 1000, " latent frames"),
+    "cache.backend": one_of("auto", "sdpa", "varlen", "triton", "triton-key", "reference"),
     "sample.steps": falling(1),
     "sample.first_steps": falling(0),
     "sample.shift": within(0.01, 100),

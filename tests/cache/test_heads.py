@@ -159,16 +159,15 @@ def test_the_order_of_slots_does_not_matter() -> None:
     play(cache, clip(24, MIXED.layers), [3] * 8)
     part = clip(3, MIXED.layers, seed=1)
     before = chunk_pass(cache.attend, part)
-    for group in cache.groups:
-        for at, lane in enumerate(group.lanes):
-            old = [*lane.slot.values()]
-            new = [old[i] for i in torch.randperm(len(old), generator=torch.Generator().manual_seed(at))]
-            for layer, spans in enumerate(group.heads):
-                begin = sum(last - first for first, last in spans[:at])
-                rows = slice(begin, begin + spans[at][1] - spans[at][0])
-                for store in (group.keys[layer], group.values[layer]):
-                    store[rows, new] = store[rows, old]
-            lane.slot = dict(zip(lane.slot, new, strict=True))
+    for number, lane in enumerate(cache.lanes):
+        old = [*lane.slot.values()]
+        new = [old[i] for i in torch.randperm(len(old), generator=torch.Generator().manual_seed(number))]
+        for layer, row in enumerate(MIXED.roles):
+            if lane.role in row:
+                for store in (cache.store.keys[layer], cache.store.values[layer]):
+                    block = cache.store.block(store, layer, number)
+                    block[:, new] = block[:, old]
+        lane.slot = dict(zip(lane.slot, new, strict=True))
     close(chunk_pass(cache.attend, part), before)
 
 
@@ -235,8 +234,7 @@ def test_no_slot_leaks_and_no_frame_is_lost(
 
 def test_memory_is_the_same_before_the_first_frame_and_after_200_chunks() -> None:
     cache = cache_of(role_map("MMAL", "LLLL", "AAMM"), FORCING, grid=(1, 1))
-    stores = [x for group in cache.groups for x in (*group.keys, *group.values, *group.times)]
-    before, where = cache.stats().nbytes, [x.data_ptr() for x in stores]
+    before, where = cache.stats().nbytes, [x.data_ptr() for x in cache.store.tensors]
     slots = 3 * 6 + 1 * 6 + 4 * 6 + 4 * 15  # A+L, L, L, A: 6 frames; M: 15
     past = slots - 12 * 3  # of which the chunk being made has no second copy of what turns in time
     assert before == 4 * (2 * WIDTH * slots + Rope3D((1, 1), WIDTH).time_dims * past)
@@ -244,7 +242,7 @@ def test_memory_is_the_same_before_the_first_frame_and_after_200_chunks() -> Non
         chunk_pass(cache.attend, numbered_chunk(3 * number, 3))
         cache.advance()
     assert cache.stats().nbytes == before
-    assert [x.data_ptr() for group in cache.groups for x in (*group.keys, *group.values, *group.times)] == where
+    assert [x.data_ptr() for x in cache.store.tensors] == where
     assert cache.stats().frames == {"local": 3, "anchor": 3, "memory": len(held(cache))}
 
 
