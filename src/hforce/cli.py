@@ -197,6 +197,7 @@ def bench(
     duration: DurationOption = "",
     seed: SeedOption = None,
     suite: Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")] = "",
+    kernels: Annotated[bool, Option("--kernels", help="Attention backends instead, on the layers of the model.")] = False,
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: PlotOption = None,
     model: ModelOption = "",
@@ -214,12 +215,14 @@ def bench(
     flags |= {"--suite": ("bench.suite", suite)}
     settings = _load(model, size, config, set_, flags)
     from hforce import bench as speed
-    from hforce import length
+    from hforce import bench_kernels, length
     from hforce.documents import write_document
     from hforce.progress import CountProgress, show_table
     from hforce.video import check_place
 
-    verb, notes = (length, [json_file]) if settings.bench.suite else (speed, [])
+    if kernels and settings.bench.suite:
+        raise UsageError("--kernels and --suite exclude each other", "run one after the other")
+    verb, notes = (length, [json_file]) if settings.bench.suite else (bench_kernels if kernels else speed, [])
     for path in filter(None, (json_file, plot)):
         check_place(path)
     if plot is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.builders import (
 )
 from torch import Tensor
 
+from hforce.attention.backends import make_backend, reasons
 from hforce.attention.dense import BlockCausal
 from hforce.attention.rope import Rope3D
 from hforce.cache.heads import HeadCache
@@ -391,3 +393,78 @@ def test_only_the_first_chunk_may_be_short() -> None:
     play(cache, clip(12), [3] * 4)
     with pytest.raises(AssertionError, match="first chunk"):
         chunk_pass(cache.attend, clip(1))
+
+
+# Backends that turn the query instead of the keys
+
+
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason='pip install "hforce[kernels]"')
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("reference", ("MMAL", "LAMM")), pytest.param("triton", ("LMAA",), marks=needs_triton)]
+)
+def test_turning_queries_gives_what_turning_keys_gives(name: str, rows: tuple[str, ...]) -> None:
+    """A long roll-out with evictions, episodes, a change of prompt, and chunks forgotten and made again."""
+    roles, layers = role_map(*rows), len(rows)
+    keys, queries = (
+        HeadCache(Geometry(layers, HEADS, WIDTH, GRID), roles, UNEQUAL, backend=make_backend(backend))
+        for backend in ("sdpa", name)
+    )
+    for number in range(14):
+        for seed in (100 + number, number) if number % 4 == 0 else (number,):  # a noisy pass before the clean one
+            part = clip(3 if number else 1, layers, seed=seed)  # the first chunk is short
+            close(chunk_pass(queries.attend, part), chunk_pass(keys.attend, part))
+        for cache in (keys, queries):
+            cache.advance(shot=number // 7)
+            if number == 7:
+                cache.flush()
+            if number == 10:
+                cache.forget(cache.now - 6)
+        assert placed(queries) == placed(keys)
+    assert any(len(lane.held) < keys.now for lane in keys.lanes)
+    for lane in range(3):
+        for layer in range(layers):
+            close(queries.store.read_keys(layer, lane, 4), keys.store.read_keys(layer, lane, 4))
+
+
+def test_turning_queries_needs_no_second_copy() -> None:
+    geometry, roles = Geometry(3, HEADS, WIDTH, GRID), role_map("MMAL", "LLLL", "AAMM")
+    keys, queries = (
+        HeadCache(geometry, roles, FORCING, backend=make_backend(name)).stats().nbytes for name in ("sdpa", "reference")
+    )
+    slots = 8 * 6 + 4 * 15  # L and A: 6 frames; M: 15
+    assert queries == 4 * 2 * WIDTH * TOKENS * slots
+    assert keys - queries == 4 * Rope3D(GRID, WIDTH).time_dims * TOKENS * (slots - 12 * 3)
+
+
+def test_mass_on_frames_is_the_same_when_queries_are_turned() -> None:
+    geometry, policies = Geometry(2, HEADS, WIDTH, GRID), {MEMORY: Window(9)}
+    masses = []
+    for backend in ("sdpa", "reference"):
+        cache = HeadCache(geometry, RoleMap.uniform(MEMORY, 2, HEADS), policies, backend=make_backend(backend))
+        play(cache, clip(12), [3] * 4)
+        q, k, v = clip(3, seed=1)
+        chunk_pass(cache.attend, (q, k, v))
+        masses.append(cache.frame_mass(1, q[1])[0])
+    close(*masses)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "triton", "triton-key"])
+def test_attending_never_waits_for_the_gpu(name: str) -> None:
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    if reason := reasons(device, dtype, 64)[name]:
+        pytest.skip(f"{name} {reason}")
+    roles, geometry = role_map("MMAL"), Geometry(1, HEADS, 64, GRID)
+    cache = HeadCache(geometry, roles, FORCING, dtype, "cuda", make_backend(name))
+    q, k, v = (draw(1, 3 * TOKENS, HEADS, 64, seed=i).to(device, dtype) for i in range(3))
+    for _ in range(6):
+        cache.attend(0, q, k, v)
+        cache.advance()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = cache.attend(0, q, k, v)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(out.isfinite().all())
