@@ -30,10 +30,10 @@ SPARED = 64  # queries of every head that are compared with the reference: it is
 
 DEFINITIONS: Mapping[str, str] = MappingProxyType(
     {
-        "timing": f"one layer's attention in one pass over a chunk, on random normal tensors; all backends, dtypes and "
-        f"layers take turns in one process, {ROUNDS} times after one untimed call, every second round in reverse; on CUDA "
-        "by events around the call, caches of the device as the calls before left them",
-        "cache": "the layer of the model whose heads read the median number of frames under this configuration, all held",
+        "timing": f"one layer's attention in one pass over a chunk, on random normal tensors; backends, dtypes and "
+        f"layers take turns in one process, {ROUNDS} times after one untimed call, every second round in reverse; on "
+        "CUDA by events around the call, caches of the device as the calls before left them",
+        "cache": "the layer of the model whose heads read the median number of frames in this configuration, all held",
         "window": "as many heads that all read the frames of the model's span, the chunk included",
         "ms": "median wall time of a call",
         "tflops": "4 x queries x head dim x keys, over ms",
@@ -69,12 +69,12 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class KernelResult:
-    """All rows; the layers they speak of; and why other backends are not among them, by backend and dtype."""
+    """All rows; the layers they speak of; and which backends are not among them, and why."""
 
     rows: tuple[KernelRow, ...]
     cache: Layer
     window: Layer
-    left_out: Mapping[str, str]
+    left_out: Mapping[tuple[str, str], tuple[str, ...]]  # backend and reason -> dtypes
     environment: Mapping[str, Any]
     config: Mapping[str, Any]
 
@@ -111,13 +111,15 @@ def choose_layer(config: Config, backbone: Backbone) -> Layer:
     return replace(chosen, frames=tuple(sorted(chosen.frames, reverse=True)))
 
 
-def choose_entrants(device: torch.device, head_dim: int) -> tuple[list[tuple[Backend, torch.dtype]], dict[str, str]]:
+def choose_entrants(
+    device: torch.device, head_dim: int
+) -> tuple[list[tuple[Backend, torch.dtype]], dict[tuple[str, str], tuple[str, ...]]]:
     """Backends with the dtypes in which they can run here, and the reasons why others cannot."""
-    entrants, left_out = [], {}
+    entrants, left_out = [], dict[tuple[str, str], tuple[str, ...]]()
     for dtype in DTYPES:
         for name, reason in reasons(device, dtype, head_dim).items():
             if reason:
-                left_out[f"{name} {_short(dtype)}"] = reason
+                left_out[name, reason] = (*left_out.get((name, reason), ()), _short(dtype))
             else:
                 entrants.append((make_backend(name), dtype))
     return entrants, left_out
@@ -178,7 +180,10 @@ def to_json(result: KernelResult) -> str:
         "config": dict(result.config),
         "definitions": dict(DEFINITIONS),
         "layers": {"cache": asdict(result.cache), "window": asdict(result.window)},
-        "left_out": dict(result.left_out),
+        "left_out": [
+            {"backend": name, "reason": reason, "dtypes": list(dtypes)}
+            for (name, reason), dtypes in result.left_out.items()
+        ],
         "rows": [asdict(row) for row in result.rows],
     }
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -194,8 +199,8 @@ def _caption(result: KernelResult) -> str:
     lines = [
         f"One layer: {layer.queries} queries, {len(layer.frames)} heads of {layer.head_dim}, {layer.tokens} tokens a "
         f"frame; frames read {_listed(layer.frames)}, against {result.window.frames[0]} for all.",
-        f"{place['device']}, {place['threads']} thread{'s' * (place['threads'] != 1)}. Error: against float64, relative.",
-        *(f"not run: {name} {reason}" for name, reason in result.left_out.items()),
+        f"{place['device']}, {place['threads']} thread{'s' * (place['threads'] != 1)}. Error: relative, to float64.",
+        *(f"Not run in {', '.join(dtypes)}: {name} {reason}" for (name, reason), dtypes in result.left_out.items()),
     ]
     return "\n".join(lines)
 

@@ -197,7 +197,7 @@ def bench(
     duration: DurationOption = "",
     seed: SeedOption = None,
     suite: Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")] = "",
-    kernels: Annotated[bool, Option("--kernels", help="Attention backends instead, on the layers of the model.")] = False,
+    kernels: Annotated[bool, Option("--kernels", help="Attention backends instead, on layers of the model.")] = False,
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: PlotOption = None,
     model: ModelOption = "",

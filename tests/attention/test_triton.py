@@ -25,17 +25,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hforce.attention import triton_kernel as kernel
 
-element, turns, capability, width = sys.argv[1], sys.argv[2] == "triton", int(sys.argv[3]), int(sys.argv[4])
-tiles = kernel.FULL_TILES if element == "fp32" else kernel.HALF_TILES
-constants = dict(TURNS=turns, S=1560, D=width, BD=triton.next_power_of_2(width), BM=tiles.queries, BN=tiles.keys)
-kinds = ["*" + element] * 4 + ["*i32"] * 4 + ["*fp32"] + ["i32"] * 8 + ["fp32"]
-names = kernel._attend_tile.arg_names
-signature = dict(zip(names, kinds)) | dict.fromkeys(constants, "constexpr")
-assert list(signature) == names
-source = ASTSource(kernel._attend_tile, signature, constants)
-options = dict(num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
-compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-sys.stdout.write(f"{compiled.metadata.shared} {len(compiled.asm['cubin'])}")
+for element, turns, capability, most in (("bf16", True, 90, 227), ("bf16", False, 90, 227), ("fp32", True, 80, 163)):
+    tiles = kernel.FULL_TILES if element == "fp32" else kernel.HALF_TILES
+    constants = dict(TURNS=turns, S=1560, D=128, BD=128, BM=tiles.queries, BN=tiles.keys)
+    kinds = ["*" + element] * 4 + ["*i32"] * 4 + ["*fp32"] + ["i32"] * 8 + ["fp32"]
+    names = kernel._attend_tile.arg_names
+    signature = dict(zip(names, kinds)) | dict.fromkeys(constants, "constexpr")
+    assert list(signature) == names
+    source = ASTSource(kernel._attend_tile, signature, constants)
+    options = dict(num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"] and compiled.metadata.shared <= most * 1024, (element, turns, capability)
+sys.stdout.write("compiled")
 """
 
 
@@ -81,18 +82,13 @@ def test_large_logits_do_not_overflow(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("element", "name", "capability"), [("bf16", "triton", 90), ("bf16", "triton-key", 90), ("fp32", "triton", 80)]
-)
-def test_the_kernel_compiles_for_gpus(element: str, name: str, capability: int) -> None:
-    """To machine code, without a GPU, for the heads of Wan2.1; and its tiles fit into shared memory."""
+@pytest.mark.timeout(600)
+def test_the_kernel_compiles_for_gpus_and_its_tiles_fit() -> None:
+    """For the heads of Wan2.1, to machine code of two generations of GPUs, none of which need be here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, element, name, str(capability), "128"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=110)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shared, code = map(int, done.stdout.split())
-    assert code > 0
-    assert shared <= {80: 163, 90: 227}[capability] * 1024
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=590)
+    assert (done.returncode, done.stdout) == (0, "compiled"), done.stderr[-2000:]
 
 
 @pytest.mark.gpu

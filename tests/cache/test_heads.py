@@ -398,22 +398,32 @@ def test_only_the_first_chunk_may_be_short() -> None:
 # Backends that turn the query instead of the keys
 
 
+FEW: Policies = {
+    LOCAL: Local(window=1),
+    ANCHOR: Sink(sink=1, window=1),
+    MEMORY: Memory(sink=1, episodes=1, window=1, chunk=1),
+}
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason='pip install "hforce[kernels]"')
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("reference", ("MMAL", "LAMM")), pytest.param("triton", ("LMAA",), marks=needs_triton)]
+    ("name", "rows", "policies", "chunk"),
+    [
+        ("reference", ("MMAL", "LAMM"), UNEQUAL, 3),
+        pytest.param("triton", ("LMAA",), FEW, 1, marks=needs_triton),  # few slots: the interpreter is slow
+    ],
 )
-def test_turning_queries_gives_what_turning_keys_gives(name: str, rows: tuple[str, ...]) -> None:
+def test_turning_queries_gives_what_turning_keys_gives(
+    name: str, rows: tuple[str, ...], policies: Policies, chunk: int
+) -> None:
     """A long roll-out with evictions, episodes, a change of prompt, and chunks forgotten and made again."""
-    roles, layers = role_map(*rows), len(rows)
+    geometry = Geometry(len(rows), HEADS, WIDTH, GRID, chunk)
     keys, queries = (
-        HeadCache(Geometry(layers, HEADS, WIDTH, GRID), roles, UNEQUAL, backend=make_backend(backend))
-        for backend in ("sdpa", name)
+        HeadCache(geometry, role_map(*rows), policies, backend=make_backend(backend)) for backend in ("sdpa", name)
     )
     for number in range(14):
         for seed in (100 + number, number) if number % 4 == 0 else (number,):  # a noisy pass before the clean one
-            part = clip(3 if number else 1, layers, seed=seed)  # the first chunk is short
+            part = clip(chunk if number else 1, len(rows), seed=seed)  # the first chunk is short
             close(chunk_pass(queries.attend, part), chunk_pass(keys.attend, part))
         for cache in (keys, queries):
             cache.advance(shot=number // 7)
@@ -424,8 +434,8 @@ def test_turning_queries_gives_what_turning_keys_gives(name: str, rows: tuple[st
         assert placed(queries) == placed(keys)
     assert any(len(lane.held) < keys.now for lane in keys.lanes)
     for lane in range(3):
-        for layer in range(layers):
-            close(queries.store.read_keys(layer, lane, 4), keys.store.read_keys(layer, lane, 4))
+        for layer in range(len(rows)):
+            close(queries.store.read_keys(layer, lane, chunk + 1), keys.store.read_keys(layer, lane, chunk + 1))
 
 
 def test_turning_queries_needs_no_second_copy() -> None:
