@@ -152,7 +152,7 @@ def stored(cache: HeadCache, role: HeadRole, layer: int) -> dict[int, tuple[Tens
     keys = cache.store.read_keys(layer, number, cache.geometry.chunk + cache.lanes[number].policy.capacity)
     values = cache.store.block(cache.store.values[layer], layer, number)
     slots = cache.lanes[number].slot.items()
-    return {index: (keys[:, slot].to(values.dtype), values[:, slot].clone()) for index, slot in slots}
+    return {index: (keys[:, slot].to(values.dtype, copy=True), values[:, slot].clone()) for index, slot in slots}
 
 
 SMALL_ROLES = role_map("AML", "LMM")

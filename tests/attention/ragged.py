@@ -72,7 +72,9 @@ class Ragged:
             for head, (begin, count) in enumerate(zip(begins, counts, strict=False))
         )
         turns = self._turns() if turning else None
-        return LayerView(runs, keys, values, *tables(begins, counts, self.device), size, turns)
+        begin = torch.tensor(begins, dtype=torch.int32, device=self.device)
+        ((length, order),) = tables([counts], self.device)
+        return LayerView(runs, keys, values, begin, length, order, size, turns)
 
     def _turns(self) -> Turns:
         """Lanes in reverse, so that a lane is no head."""

@@ -86,11 +86,12 @@ def view_of(keys: Tensor, values: Tensor, counts: Sequence[int], turns: Turns | 
         tokens = slice(begins[first], begins[last])
         runs.append(Run(first, last, *(x[tokens].unflatten(0, (-1, count)) for x in (keys, values))))
         first = last
-    return LayerView(tuple(runs), keys, values, *tables(begins, counts, keys.device), max(counts), turns)
+    begin = torch.tensor(begins, dtype=torch.int32, device=keys.device)
+    ((length, order),) = tables([counts], keys.device)
+    return LayerView(tuple(runs), keys, values, begin, length, order, max(counts), turns)
 
 
-def tables(begins: Sequence[int], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What the device has to know of a layer: `begin`, `length` and `order` of its view."""
-    order = sorted(range(len(counts)), key=lambda head: -counts[head])
-    begin, length, ranked = (torch.tensor(x, dtype=torch.int32, device=device) for x in (begins, counts, order))
-    return begin, length, ranked
+def tables(counts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """`length` and `order` of the view of every layer, given what its heads read: int32 [L, 2, H], in one transfer."""
+    orders = [sorted(range(len(row)), key=lambda head: -row[head]) for row in counts]
+    return torch.tensor([*zip(counts, orders, strict=True)], dtype=torch.int32, device=device)

@@ -44,8 +44,7 @@ class Contest:
 
 
 def enter(backend: Backend, layer: Layer, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Contest:
-    """The backend with a layer of random normal queries, keys and values; never zeros, which some chips multiply
-    faster."""
+    """The backend with a layer of random normal tensors (never zeros: some chips multiply those faster)."""
     draw = torch.Generator().manual_seed(seed)
     total = layer.tokens * sum(layer.frames)
     shapes = ((layer.queries, len(layer.frames), layer.head_dim), (total, layer.head_dim), (total, layer.head_dim))

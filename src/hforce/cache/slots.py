@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class SlotStore:
         self._device = rope.space.device
         chunk, layers = geometry.chunk, range(geometry.layers)
         self._orders = [sorted(range(len(strips)), key=lambda at: strips[at].heads[layer]) for layer in layers]
+        sizes = [[(chunk + strips[at].capacity) * geometry.tokens for at in self._lanes(layer)] for layer in layers]
+        self._begins = [
+            [*accumulate(row, initial=0)] for row in sizes
+        ]  # token with which each head begins, and the end
+        self._begin = torch.tensor(self._begins, dtype=torch.int32, device=self._device)
         shape = (geometry.tokens, geometry.head_dim)
         slots = [sum(self._size(layer, at) for at in order) for layer, order in enumerate(self._orders)]
         self.keys = [self._zeros(n, *shape, dtype=dtype) for n in slots]  # [slots of all heads, S, D]
@@ -105,25 +110,24 @@ class SlotStore:
 
     def views(self, frames: int, held: Sequence[int]) -> list[LayerView]:
         """What the heads of every layer read in a pass of so many frames, when every lane holds so many of the past."""
-        return [self._view(layer, frames, held) for layer in range(self.geometry.layers)]
-
-    def _view(self, layer: int, frames: int, held: Sequence[int]) -> LayerView:
-        tokens, chunk = self.geometry.tokens, self.geometry.chunk
-        slots, counts = [], []
-        for lane in self._orders[layer]:
-            first, last = self.strips[lane].heads[layer]
-            slots += [chunk + self.strips[lane].capacity] * (last - first)
-            counts += [(frames + held[lane]) * tokens] * (last - first)
-        begins = [tokens * slot for slot in accumulate(slots, initial=0)]
-        keys, values = (x[layer].flatten(0, 1) for x in (self.keys, self.values))
-        runs = tuple(self._runs(keys, values, begins, counts))
-        turns = self._turns[layer]
-        return LayerView(runs, keys, values, *tables(begins, counts, self._device), tokens * max(slots), turns)
+        tokens = self.geometry.tokens
+        counts = [
+            [(frames + held[lane]) * tokens for lane in self._lanes(layer)] for layer in range(self.geometry.layers)
+        ]
+        views = []
+        for layer, (length, order) in enumerate(tables(counts, self._device)):
+            keys, values = (x[layer].flatten(0, 1) for x in (self.keys, self.values))
+            begins = self._begins[layer]
+            runs = tuple(self._runs(keys, values, begins, counts[layer]))
+            longest = max(end - begin for begin, end in pairwise(begins))
+            view = LayerView(runs, keys, values, self._begin[layer], length, order, longest, self._turns[layer])
+            views.append(view)
+        return views
 
     def _runs(self, keys: Tensor, values: Tensor, begins: Sequence[int], counts: Sequence[int]) -> Iterator[Run]:
         """Neighbouring heads with equally many slots, all of which are read or the same number of them."""
         first = 0
-        alike = [(end - begin, count) for begin, end, count in zip(begins, begins[1:], counts, strict=False)]
+        alike = [(end - begin, count) for (begin, end), count in zip(pairwise(begins), counts, strict=True)]
         for last in range(1, len(counts) + 1):
             if last < len(counts) and alike[last] == alike[first]:
                 continue
@@ -133,8 +137,12 @@ class SlotStore:
             first = last
 
     def _turns_of(self, layer: int) -> Turns:
-        lanes = [at for at in self._orders[layer] for _ in range(*self.strips[at].heads[layer])]
-        return Turns(self._phase, torch.tensor(lanes, dtype=torch.int32, device=self._device), self.geometry.tokens)
+        lane = torch.tensor(self._lanes(layer), dtype=torch.int32, device=self._device)
+        return Turns(self._phase, lane, self.geometry.tokens)
+
+    def _lanes(self, layer: int) -> list[int]:
+        """The lane of every head."""
+        return [at for at in self._orders[layer] for _ in range(*self.strips[at].heads[layer])]
 
     def _size(self, layer: int, lane: int) -> int:
         """Slots of a lane's heads in a layer."""
