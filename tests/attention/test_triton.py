@@ -28,7 +28,7 @@ from hforce.attention import triton_kernel as kernel
 for element, turns, capability, most in (("bf16", True, 90, 227), ("bf16", False, 90, 227), ("fp32", True, 80, 163)):
     tiles = kernel.FULL_TILES if element == "fp32" else kernel.HALF_TILES
     constants = dict(TURNS=turns, S=1560, D=128, BD=128, BM=tiles.queries, BN=tiles.keys)
-    kinds = ["*" + element] * 4 + ["*i32"] * 4 + ["*fp32"] + ["i32"] * 8 + ["fp32"]
+    kinds = ["*" + element] * 4 + ["*i32"] * 4 + ["*fp32" if turns else "*i32"] + ["i32"] * 8 + ["fp32"]
     names = kernel._attend_tile.arg_names
     signature = dict(zip(names, kinds)) | dict.fromkeys(constants, "constexpr")
     assert list(signature) == names
