@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from hforce.attention.backends import check_backend, choose_backend
+from hforce.attention.timing import Layer
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
 from hforce.errors import ConfigError, DataError, InputError
+from hforce.geometry import Geometry
 from hforce.models.base import Backbone, Codec, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
 from hforce.models.hub import pin, read_id, resolve
@@ -224,9 +227,12 @@ def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
 def check_cache(cache: CacheConfig, backbone: Backbone) -> None:
     """Finds out whether a cache can be built for this model, without building it.
 
-    Raises ConfigError for a policy that cannot be, InputError or DataError for the profile.
+    Raises ConfigError for a policy that cannot be, InputError or DataError for the profile, BackendError for the way
+    to attend.
     """
     build_roles(cache, backbone)
+    weight = backbone.model.patch_embedding.weight
+    check_backend(cache.backend, weight.device, weight.dtype, backbone.geometry.head_dim)
     for role in HeadRole:
         build_policy(cache, role, backbone, chunks=1)
 
@@ -236,7 +242,15 @@ def build_cache(cache: CacheConfig, backbone: Backbone, roles: RoleMap, chunks: 
     geometry = backbone.geometry
     policies = {role: build_policy(cache, role, backbone, chunks) for role in HeadRole}
     weight = backbone.model.patch_embedding.weight
-    return HeadCache(geometry, roles, policies, weight.dtype, str(weight.device))
+    layer = size_layer(roles.roles[0], policies, geometry)
+    backend = choose_backend(cache.backend, layer, weight.device, weight.dtype)
+    return HeadCache(geometry, roles, policies, weight.dtype, str(weight.device), backend)
+
+
+def size_layer(roles: Sequence[HeadRole], policies: Mapping[HeadRole, CachePolicy], geometry: Geometry) -> Layer:
+    """The sizes of a layer's attention when its heads hold as many frames as they may."""
+    frames = tuple(geometry.chunk + policies[role].capacity for role in roles)
+    return Layer(geometry.chunk * geometry.tokens, geometry.tokens, geometry.head_dim, frames)
 
 
 def build_policy(cache: CacheConfig, role: HeadRole, backbone: Backbone, chunks: int) -> CachePolicy:
@@ -295,5 +309,3 @@ def build_script(shots: Sequence[Shot], plan: Plan, backbone: Backbone) -> list[
     """The shots as the stream plays them, their prompts encoded."""
     backbone.encode_text.encode_all(shot.prompt for shot in shots)
     return [Take(backbone.encode_text(shot.prompt), n) for shot, n in zip(shots, plan.chunks, strict=True)]
-
-

@@ -174,6 +174,7 @@ def bench(
     seed: options.Seed = None,
     random_weights: options.Random = False,
     suite: options.Suite = "",
+    kernels: options.Kernels = False,
     json_file: options.Json = None,
     plot: options.Plot = None,
     model: options.Model = "",
@@ -195,12 +196,14 @@ def bench(
     flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     from hforce import bench as speed
-    from hforce import length
+    from hforce import bench_kernels, length
     from hforce.documents import write_document
     from hforce.progress import CountProgress, show_table
     from hforce.video import check_place
 
-    verb, notes = (length, [json_file]) if settings.bench.suite else (speed, [])
+    if kernels and settings.bench.suite:
+        raise UsageError("--kernels and --suite exclude each other", "run one after the other")
+    verb, notes = (length, [json_file]) if settings.bench.suite else (bench_kernels if kernels else speed, [])
     for path in filter(None, (json_file, plot)):
         check_place(path)
     if plot is not None:

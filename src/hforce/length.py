@@ -160,9 +160,12 @@ def plan_shots(case: Case, seconds: float) -> tuple[Shot, ...]:
 
 
 def fingerprint_of(config: Config, backbone: Backbone) -> str:
-    """SHA-256 of everything that the result of a video depends on, but for its number, its setup and its length."""
+    """SHA-256 of everything that the result of a video depends on, but for its number, its setup and its length.
+
+    Backends differ in rounding alone.
+    """
     place = environment(backbone)
-    cache = {key: value for key, value in asdict(config.cache).items() if key not in ("setup", "profile")}
+    cache = {key: value for key, value in asdict(config.cache).items() if key not in ("setup", "profile", "backend")}
     told = {
         "version": VERSION,
         "weights": file_digest(Path(config.model.checkpoint or PACKAGED)),

@@ -69,3 +69,4 @@ BenchPrompts = Annotated[
 Random = Annotated[bool, Option("--random-weights", help="Time a model of the same shape; needs no files.")]
 Suite = Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")]
 Json = Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")]
+Kernels = Annotated[bool, Option("--kernels", help="Attention backends instead, on layers of the model.")]

@@ -259,7 +259,7 @@ def _calibration(config: Config, backbone: Backbone, rollouts: Sequence[RollOut]
         timesteps=tuple(step.timestep for step in build_sampling(config.sample, backbone.family).steps),
         dtype=str(weight.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device),
-        attention="sdpa",
+        attention=config.cache.backend,
         mode=config.profile.mode,
         policy=f"{policy.policy}({options})" if options else policy.policy,
         chunks=tuple(sorted({chunk for rollout in rollouts for chunk in rollout.chunks})),

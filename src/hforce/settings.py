@@ -44,6 +44,7 @@ class CacheConfig:
     profile: str = ""  # a file; empty: the model's packaged one
     switch: str = "recache"  # what happens to the past at a new prompt: keep, flush or recache
     recache_frames: int = 6  # latent frames made anew under the new prompt
+    backend: str = "sdpa"  # what attends: sdpa, varlen, triton, triton-key, reference, or auto: the fastest here
     local: RolePolicy = field(default_factory=lambda: RolePolicy("local"))
     anchor: RolePolicy = field(default_factory=lambda: RolePolicy("anchor"))
     memory: RolePolicy = field(default_factory=lambda: RolePolicy("memory"))
