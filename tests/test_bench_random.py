@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -117,7 +117,15 @@ def test_roles_are_set_as_for_any_model(config: Config) -> None:
     assert uniform == RoleMap.uniform(HeadRole.MEMORY, 2, 6)
 
 
-@pytest.mark.parametrize(("setup", "frames"), [("window", 21), ("head-forcing", 11.4)])
+@dataclass(frozen=True)
+class Sizes:
+    """What a cache has to know of a model."""
+
+    geometry: Geometry
+    family: None = None
+
+
+@pytest.mark.parametrize(("setup", "frames"), [("window", 21), ("head-forcing", 11.4), ("hf-10", 9.6), ("hf-15", 15)])
 def test_bytes_of_keys_and_values_at_the_size_of_the_release(setup: str, frames: float) -> None:
     """A frame of a head is 1560 tokens of 128 values; of past keys the 44 that turn in time are kept twice."""
     cache = with_setup(Config(), setup).cache
@@ -125,7 +133,7 @@ def test_bytes_of_keys_and_values_at_the_size_of_the_release(setup: str, frames:
     roles = RoleMap.uniform(HeadRole.MEMORY, *RELEASE) if cache.roles == "uniform" else drawn_roles(*RELEASE)
     rows = zip(roles.roles, head_order(roles), strict=True)
     ordered = RoleMap(tuple(tuple(row[head] for head in order) for row, order in rows))
-    policies = {role: build_policy(cache, role, geometry, chunks=1) for role in HeadRole}
+    policies = {role: build_policy(cache, role, Sizes(geometry), chunks=1) for role in HeadRole}
     stats = HeadCache(geometry, ordered, policies, torch.bfloat16, "meta").stats()
     expected = 2 * 30 * 12 * 1560 * (frames * 2 * 128 + (frames - 3) * 44)
     assert stats.nbytes == pytest.approx(expected, rel=1e-12)
