@@ -60,7 +60,7 @@ class Recipe:
     latent_noise: float = 0.04  # added to latents while the codec learns, so that it forgives the transformer's errors
     clips: int = 5000
     coarse: Phase = Phase("coarse", patch=2, steps=1150, batch=12, first_batch=32)
-    fine: Phase = Phase("fine", patch=1, steps=600, batch=8, first_batch=16)
+    fine: Phase = Phase("fine", patch=1, steps=640, batch=8, first_batch=16)
     parts: int = 4  # of every batch, each worked on by one thread: faster than many threads inside an operation
     views: int = 2  # noisy copies of every clip, beside one clean
     lr: float = 2.5e-3
