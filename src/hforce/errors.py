@@ -58,6 +58,12 @@ class BackendError(UnavailableError):
     """An attention backend that cannot run here."""
 
 
+class RoomError(HforceError):
+    """A run that needs more memory than there is."""
+
+    exit_code = 71
+
+
 class OutputError(HforceError):
     """An output that cannot be created where it was asked for."""
 

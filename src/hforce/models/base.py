@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from hforce.extras import require
 from hforce.geometry import Geometry
-from hforce.models.dit import CausalWan
+from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.families import Family
 
 
@@ -24,6 +27,10 @@ class TextEncoder(Protocol):
         """Gets the prompts of a run ready, so that what encodes them need not stay in memory while it lasts."""
         ...
 
+    def stay(self) -> None:
+        """Keeps what encodes prompts in memory from now on, once it is there."""
+        ...
+
     def reads(self, prompt: str) -> str:
         """The prompt as the model understands it, for the records. The same as `prompt` where nothing is lost."""
         ...
@@ -31,6 +38,9 @@ class TextEncoder(Protocol):
 
 class Decoder(Protocol):
     """One video being decoded: all state of the stream is in here."""
+
+    memory: Any
+    """What it remembers of the latents before, tensors in lists and tuples; given to another decoder, that goes on."""
 
     def __call__(self, latents: Tensor) -> Tensor:
         """The next latents [1, F, C, h, w] -> the video frames that are ready, [T, 3, H, W] in 0..1."""
@@ -83,6 +93,83 @@ class Backbone:
     fingerprint: str
     family: Family | None = None
 
+    @property
+    def stride(self) -> int:
+        """Video frames per latent frame."""
+        return self.codec.stride
 
-Loader = Callable[[Source, tuple[int, int] | None, str, str], Backbone]
-"""source, size (W, H) or None, device, dtype name ("auto" too) -> Backbone."""
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory that the parts of a model take: their weights as they are held, and what work with them adds.
+
+    `encoding` is added while a prompt is encoded, `decoding` while a chunk is decoded; a decoder holds `decoder`
+    between two chunks.
+    """
+
+    transformer: int
+    text: int
+    codec: int
+    encoding: int
+    decoder: int
+    decoding: int
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model that was found and checked, but whose weights were not read: all that can be known of it before.
+
+    `stride` video frames make a latent frame; the transformer computes in `dtype` on `device`. `packages` are those
+    of the extra `wan` that it takes to run it. `identify` reads what the fingerprint is made of. `read` makes the
+    backbone; told True, with a codec whose weights are in memory only while it works.
+    """
+
+    name: str
+    config: WanConfig
+    geometry: Geometry
+    shape: tuple[int, int, int]
+    size: tuple[int, int]
+    stride: int
+    dtype: torch.dtype
+    device: str
+    needs: Needs
+    encode_text: TextEncoder
+    identify: Callable[[], str]
+    read: Callable[[Blueprint, bool], Backbone]
+    family: Family | None = None
+    packages: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights. Reads the queries and keys of every layer."""
+        return self.identify()
+
+    def check_packages(self) -> None:
+        """Raises UnavailableError for packages that are not installed."""
+        require("wan", *self.packages)
+
+    def load(self, rests: bool = False) -> Backbone:
+        """Reads the weights. Raises UnavailableError for lacking packages, CheckpointError for weights."""
+        self.check_packages()
+        return self.read(self, rests)
+
+
+class Described(Protocol):
+    """What is known of a model alike before and after its weights were read."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def stride(self) -> int: ...
+    @property
+    def encode_text(self) -> TextEncoder: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+Opener = Callable[[Source, tuple[int, int] | None, str, str], Blueprint]
+"""source, size (W, H) or None, device, dtype name ("auto" too) -> Blueprint."""

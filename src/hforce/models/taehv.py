@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hforce.errors import CheckpointError
+from hforce.models.mapped import Entry
 from hforce.models.wan_files import read_weights
-from hforce.models.weights import load_strictly
+from hforce.models.weights import count_values, load_strictly
 
 TAEHV_MARK = "encoder.0.weight"  # a tensor that other autoencoders do not have
 WIDENED = (1, 8, 14, 20)  # layers of the decoder that set its widths
@@ -203,14 +205,14 @@ class TaehvDecoder:
 
     def __init__(self, codec: TaehvCodec) -> None:
         self._codec = codec
-        self._memory: Memory | None = None
+        self.memory: Memory | None = None
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
         """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
         net = self._codec.net
         raw = latents.to(net.device, torch.float32) * self._codec.std + self._codec.mean
-        video, self._memory = net.decode_stream(raw.to(net.dtype), self._memory)
+        video, self.memory = net.decode_stream(raw.to(net.dtype), self.memory)
         return video[0].float()
 
 
@@ -219,18 +221,52 @@ def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu
 
     Widths are read off the tensors. Raises CheckpointError when they are not those of a TAEHV for Wan2.1.
     """
-    state = {name: value.to(dtype) for name, value in read_weights(path).items()}
+    read = read_weights(path)
+    net = TAEHV(_config_of(read.entries, path))
+    state = {name: value.to(dtype) for name, value in read.items()}
+    load_strictly(net, _trim(net, state), str(path))
+    return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
+
+
+def codec_needs(path: Path, chunk: int, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of the weights, of what a decoder remembers, and of what decoding a chunk of latents h x w adds.
+
+    Only headers are read. Raises what `load_taew` raises.
+    """
+    config = _config_of(read_weights(path).entries, path)
+    with torch.device("meta"):
+        weights = count_values(TAEHV(config)) * dtype.itemsize
+    return weights, *decoder_needs(config, chunk, cells, dtype)
+
+
+def decoder_needs(c: TaehvConfig, chunk: int, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a decoder remembers, and those that decoding a chunk of latents h x w adds.
+
+    Every MemBlock remembers a frame, and holds five of its input while it works; a step up holds what it was given,
+    twice what it made of it in space and time.
+    """
+    frames, area, remembered, peak = chunk, cells[0] * cells[1], 0, 0
+    for width, time, space in zip(c.decoder_widths, c.time_up, c.space_up, strict=False):
+        remembered += 3 * width * area
+        given = width * frames * area
+        grown = given * space**2 * time
+        peak = max(peak, 5 * given, given * space**2 + 2 * grown)
+        frames, area = frames * time, area * space**2
+    pictures = 3 * frames * area * c.patch**2
+    return remembered * dtype.itemsize, max(peak, 2 * pictures) * dtype.itemsize
+
+
+def _config_of(entries: Mapping[str, Entry], path: Path) -> TaehvConfig:
+    """The sizes of a TAEHV for Wan2.1. Raises CheckpointError when they are not those of one."""
     names = [f"decoder.{layer}.weight" for layer in WIDENED]
-    if missing := [name for name in (TAEHV_MARK, *names) if name not in state]:
+    if missing := [name for name in (TAEHV_MARK, *names) if name not in entries]:
         raise CheckpointError(f"{path} holds no TAEHV: it has no tensor {missing[0]}", "download taew2_1 again")
-    first, second, third, last = (len(state[name]) for name in names)
-    expected, channels = TaehvConfig(), state[names[0]].shape[1]
+    first, second, third, last = (entries[name].shape[0] for name in names)
+    expected, channels = TaehvConfig(), entries[names[0]].shape[1]
     if channels != expected.latent_channels:
         message = f"the latents of {path} have {channels} channels, those of Wan2.1 have {expected.latent_channels}"
         raise CheckpointError(message, "use taew2_1")
-    net = TAEHV(TaehvConfig(channels, len(state[TAEHV_MARK]), (first, second, third, last)))
-    load_strictly(net, _trim(net, state), str(path))
-    return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
+    return TaehvConfig(channels, entries[TAEHV_MARK].shape[0], (first, second, third, last))
 
 
 def _trim(net: TAEHV, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,186 @@
+"""How much memory a run takes, from sizes alone, and which memory mode fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hforce.attention.rope import rotary_pairs
+from hforce.errors import RoomError
+from hforce.geometry import Geometry
+from hforce.models.base import Needs
+from hforce.models.dit import WanConfig
+
+GIB = 1 << 30
+FLOAT = 4  # bytes of a float32: what norms and angles are computed in
+LOOKED_EVERY = 3  # of the layers with heads whose policy looks at pictures, so many keep the keys of the last pass
+
+
+class Mode(StrEnum):
+    """What stays on the device when.
+
+    SPEED: everything. BALANCED: the text encoder is let go of before the other weights are read. LOW: the
+    autoencoder, too, is there only while it decodes.
+    """
+
+    SPEED = "speed"
+    BALANCED = "balanced"
+    LOW = "low"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The heads of one role: how many, in how many layers, and the most frames of the past each holds.
+
+    `most` of them are in one layer. `looks` says whether their policy looks at pictures.
+    """
+
+    heads: int
+    layers: int
+    most: int
+    capacity: int
+    looks: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is made: by which transformer, computing in numbers of `itemsize` bytes, with which cache.
+
+    `lanes` has the roles that occur; `shots` says whether prompts change; `here` is the type of the device.
+    """
+
+    config: WanConfig
+    geometry: Geometry
+    itemsize: int
+    lanes: Mapping[str, Lane]
+    needs: Needs
+    here: str = "cpu"
+    shots: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the device, by part, in each phase of a run: "encoding", "denoising" and "decoding"."""
+
+    mode: Mode
+    phases: Mapping[str, Mapping[str, int]]
+
+    def total(self, phase: str) -> int:
+        """Of all parts in one phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once."""
+        return max(map(self.total, self.phases))
+
+
+def plan(work: Work, mode: Mode, text_here: bool = True) -> Plan:
+    """What a run takes on its device. text_here: whether the text encoder runs there, and not beside a GPU."""
+    n = work.needs
+    stays, resting = mode is Mode.SPEED, mode is Mode.LOW
+    transformer, cache = {"transformer": n.transformer}, kv_bytes(work)
+    text, codec = {"text encoder": n.text if text_here else 0}, {"autoencoder": n.codec}
+    held = {"decoder memory": 0 if resting and work.here != "cpu" else n.decoder}
+    context = context_bytes(work.config, work.itemsize)
+    base = transformer | {f"cache of {role} heads": size for role, size in cache.items()} | {"text context": context}
+    base |= {"keys looked at": looked_bytes(work)} | (text if stays else {})
+    denoising = max(pass_bytes(work), turning_bytes(work), context if work.shots else 0)
+    encoding = {"work": n.encoding if text_here else 0}
+    return Plan(mode, {
+        "encoding": (transformer | codec | text if stays else text) | encoding,
+        "denoising": base | ({} if resting else codec) | held | {"work": denoising},
+        "decoding": base | codec | {"decoder memory": n.decoder, "work": n.decoding},
+    })  # fmt: skip
+
+
+def choose(work: Work, wanted: str, available: int | None) -> Plan:
+    """The plan of a mode, or with "auto" of the first that fits; of the last, where none does.
+
+    Beside a GPU without the room for it, the text encoder runs on the CPU, unless everything is to stay on the device.
+    `available` bytes on the device; None where that is not known.
+    """
+    modes = list(Mode) if wanted == "auto" else [Mode(wanted)]
+    for mode in modes:
+        made = plan(work, mode)
+        if available is None or made.peak <= available:
+            return made
+        if work.here != "cpu" and mode is not Mode.SPEED and made.total("encoding") > available:
+            made = plan(work, mode, text_here=False)
+            if made.peak <= available:
+                return made
+    return made
+
+
+def check(made: Plan, available: int | None) -> None:
+    """Raises RoomError, naming every part, for a plan that needs more than is available."""
+    if available is None or made.peak <= available:
+        return
+    phase = max(made.phases, key=made.total)
+    parts = ", ".join(f"{part} {gib(size)}" for part, size in made.phases[phase].items() if size)
+    lower = "" if made.mode is Mode.LOW else ", or --memory-mode low"
+    raise RoomError(
+        f"{phase} needs {gib(made.peak)} GiB of memory ({parts}), but {gib(available)} GiB are available",
+        f"make the video smaller with --size, use a --policy that keeps fewer frames as window{lower}; "
+        "--dry-run shows the whole plan",
+    )
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, as people read them."""
+    return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
+
+
+def kv_bytes(work: Work) -> dict[str, int]:
+    """Bytes of the cache of every role, as `HeadCache` allocates it."""
+    g = work.geometry
+    past = 2 * rotary_pairs(g.head_dim)[0]  # what turns in time is kept a second time
+    return {
+        role: lane.heads * g.tokens * work.itemsize * (2 * (g.chunk + lane.capacity) * g.head_dim + lane.capacity * past)
+        for role, lane in work.lanes.items()
+    }
+
+
+def context_bytes(config: WanConfig, itemsize: int) -> int:
+    """A prompt as the model reads it: keys and values of every layer."""
+    return 2 * config.layers * config.text_len * config.dim * itemsize
+
+
+def looked_bytes(work: Work) -> int:
+    """Keys of the last pass, which stay for the policies that look at pictures."""
+    layers = max((lane.layers for lane in work.lanes.values() if lane.looks), default=0)
+    return -(-layers // LOOKED_EVERY) * _tokens(work)
+
+
+def turning_bytes(work: Work) -> int:
+    """What `HeadCache.advance` adds while it turns the keys of one layer in time."""
+    g = work.geometry
+    past = 2 * rotary_pairs(g.head_dim)[0]
+    values = max((lane.most * lane.capacity for lane in work.lanes.values()), default=0) * g.tokens * past
+    return values * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize)
+
+
+def pass_bytes(work: Work) -> int:
+    """What one pass of the transformer adds at most, its result included, above the weights and the cache.
+
+    Counted in a block, in each place where most is alive: the tokens `x` on the way in and what was made of them.
+    """
+    x, config = _tokens(work), work.config
+    tokens = work.geometry.chunk * work.geometry.tokens
+    as_float = 0 if work.itemsize == FLOAT else x * FLOAT // work.itemsize
+    inner = tokens * config.ffn_dim * work.itemsize
+    lanes = min(2, len({lane.capacity for lane in work.lanes.values()}))
+    places = {
+        "norm of keys": 4 * x + 3 * max(as_float, x),
+        "turning keys": 6 * x + as_float + tokens * config.dim * FLOAT + (x if as_float else 0),
+        "attention": (7 + lanes) * x + tokens * config.heads * FLOAT,
+        # On a CPU the float32 GELU is made of parts.
+        "feed-forward": 2 * x + inner * (3 if work.here == "cpu" and not as_float else 2),
+    }
+    return max(places.values())
+
+
+def _tokens(work: Work) -> int:
+    """Bytes of the tokens of a chunk, [N, dim]."""
+    return work.geometry.chunk * work.geometry.tokens * work.config.dim * work.itemsize

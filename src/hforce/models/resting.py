@@ -1,0 +1,43 @@
+"""A codec whose weights are in memory only while it works, and whose decoder's memory waits off the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from hforce.models.base import Codec, Decoder
+
+
+class RestingCodec:
+    """Reads the weights of a codec for every piece of work, and lets go of them after it."""
+
+    def __init__(self, load: Callable[[], Codec], stride: int) -> None:
+        self._load, self.stride = load, stride
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""
+        return self._load().encode(video)
+
+    def decoder(self) -> Decoder:
+        """A decoder for a new video."""
+        return RestingDecoder(self._load)
+
+
+class RestingDecoder:
+    """Decodes one video; between two chunks nothing of it is on the device."""
+
+    def __init__(self, load: Callable[[], Codec]) -> None:
+        self._load = load
+        self.memory: Any = None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
+        decoder = self._load().decoder()
+        if self.memory is not None:
+            decoder.memory = tree_map_only(Tensor, lambda x: x.to(latents.device), self.memory)
+        frames = decoder(latents)
+        self.memory = tree_map_only(Tensor, lambda x: x.cpu(), decoder.memory)
+        return frames
