@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from tests.weightfiles import diffusers, shapes_of, wrapped, write, write_hollow, write_shards
+from tests.weightfiles import diffusers, hollow_release, shapes_of, wrapped, write, write_hollow, write_shards
 from torch import nn
 
 from hforce.build import advise
@@ -20,7 +20,6 @@ from hforce.config import SampleConfig, load_config
 from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.families import FAMILIES
 from hforce.models.sizes import KNOWN
-from hforce.models.wan_files import TEXT, TOKENIZER, VAE
 from hforce.which_model import which_model
 
 with torch.random.fork_rng():
@@ -35,14 +34,6 @@ FORMATS = {
     "folder": lambda path: write_shards(STATE, path),
 }
 """Names of files and folders -> what writes a transformer there."""
-
-
-def hollow_release(folder: Path) -> Path:
-    """A folder in which every part seems to be."""
-    for name in (TEXT[-1], TOKENIZER[-1], VAE[1]):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
 
 
 # Which model
@@ -78,7 +69,7 @@ def test_the_14b_model_is_known_by_its_width(command, tmp_path, monkeypatch):
     base = f"model.base={hollow_release(tmp_path / 'base')}"
     monkeypatch.setitem(sys.modules, "ftfy", None)
     line = ("generate", "-p", "a fox", "--set", base, "-o", "out")
-    command(*line, "-m", "large.safetensors").fails(69, "ftfy")  # the last that is looked at before weights are read
+    command(*line, "-m", "large.safetensors").fails(69, "ftfy")  # looked for before weights are read
     named = ("--set", "model.checkpoint=large.safetensors")
     command(*line, "-m", "wan2.1-t2v-14b", *named).fails(69, "ftfy")
     command(*line, "-m", "wan2.1-t2v-1.3b", *named).fails(65, "is no wan2.1-t2v-1.3b", "that it is, wan2.1-t2v-14b")

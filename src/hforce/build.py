@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from hforce import memory
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy
 from hforce.cache.policy import CachePolicy
@@ -20,14 +21,15 @@ from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_ord
 from hforce.config import CacheConfig, Config, SampleConfig
 from hforce.errors import DataError, InputError
 from hforce.geometry import Geometry
-from hforce.models.base import Backbone, Source
+from hforce.models.base import Backbone, Blueprint, Described, Source
 from hforce.models.families import Family
-from hforce.models.registry import load_backbone
+from hforce.models.registry import open_model
 from hforce.prompts import Shot
 from hforce.resources import resource
+from hforce.room import free_bytes
 from hforce.sampler import make_steps
 from hforce.stream import Sampling, Stream, Switch, Take, seeded
-from hforce.units import parse_size
+from hforce.units import parse_bytes, parse_size
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +49,44 @@ class Plan:
         return sum(self.chunks)
 
 
-def build_backbone(config: Config) -> Backbone:
-    """The model of a configuration. Sets the number of CPU threads, and warns of settings that do not suit it."""
+def build_blueprint(config: Config) -> Blueprint:
+    """The model of a configuration, its weights not read. Sets the number of CPU threads, and warns of settings that
+    do not suit it."""
     model = config.model
     set_threads(model.threads)
     source = Source(model.checkpoint, model.base, model.lora, model.vae, model.texts)
     size = parse_size(model.size) if model.size else None
-    backbone = load_backbone(model.name, source, size, model.device, model.dtype)
-    if backbone.family:
-        advise(backbone.family, config.sample)
-    return backbone
+    blueprint = open_model(model.name, source, size, model.device, model.dtype)
+    if blueprint.family:
+        advise(blueprint.family, config.sample)
+    return blueprint
+
+
+def build_backbone(config: Config) -> Backbone:
+    """The model of a configuration, its weights read."""
+    return build_blueprint(config).load()
+
+
+def build_memory(config: Config, blueprint: Blueprint, chunks: int, switches: bool) -> tuple[memory.Plan, int | None]:
+    """What a video of so many chunks takes in the memory mode that is set, and what there is; None: not known.
+
+    Raises what `check_cache` raises.
+    """
+    geometry, roles = blueprint.geometry, build_roles(config.cache, blueprint)
+    lanes = {}
+    for role in (role for role, count in roles.counts().items() if count):
+        policy = build_policy(config.cache, role, geometry, chunks)
+        heads = tuple(row.count(role) for row in roles.roles)
+        lanes[role.value] = memory.Lane(heads, policy.capacity, policy.looks)
+    width, height = blueprint.size
+    pixels = 3 * blueprint.stride * geometry.chunk * width * height
+    kind = torch.device(blueprint.device).type
+    work = memory.Work(
+        blueprint.config, geometry, blueprint.dtype.itemsize, lanes, blueprint.needs, pixels, kind, switches
+    )
+    limit = parse_bytes(config.model.memory_limit) if config.model.memory_limit else None
+    available = limit if limit is not None else free_bytes(blueprint.device)
+    return memory.choose(work, config.model.memory, available), available
 
 
 def advise(family: Family, sample: SampleConfig) -> None:
@@ -115,7 +145,7 @@ def build_sampling(sample: SampleConfig) -> Sampling:
     return Sampling(steps, first, commit_timestep=float(sample.context_noise))
 
 
-def build_roles(cache: CacheConfig, backbone: Backbone) -> RoleMap:
+def build_roles(cache: CacheConfig, backbone: Described) -> RoleMap:
     """The role of every head: from the profile, or one of the controls made from it."""
     layers, heads = backbone.geometry.layers, backbone.geometry.heads
     if cache.roles == "uniform":
@@ -128,7 +158,7 @@ def build_roles(cache: CacheConfig, backbone: Backbone) -> RoleMap:
     return profile.role_map()
 
 
-def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
+def build_profile(cache: CacheConfig, backbone: Described) -> Profile:
     """The profile named, or the one that comes with the model. Raises DataError if it belongs to another model."""
     try:
         path = Path(cache.profile) if cache.profile else resource(f"profiles/{backbone.name}.json")
@@ -143,7 +173,7 @@ def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
     return profile
 
 
-def check_cache(cache: CacheConfig, backbone: Backbone) -> None:
+def check_cache(cache: CacheConfig, backbone: Described) -> None:
     """Finds out whether a cache can be built for this model, without building it.
 
     Raises ConfigError for a policy that cannot be, InputError or DataError for the profile.
@@ -172,12 +202,12 @@ def build_policy(cache: CacheConfig, role: HeadRole, geometry: Geometry, chunks:
     return policy
 
 
-def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbone) -> Plan:
+def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Described) -> Plan:
     """Cuts a script into chunks: the end is moved up to a whole chunk, changes of prompt to the nearest one.
 
     Raises DataError when two prompts would begin in the same chunk, or one after the end.
     """
-    stride, chunk = backbone.codec.stride, backbone.geometry.chunk
+    stride, chunk = backbone.stride, backbone.geometry.chunk
     latents = math.ceil((math.ceil(seconds * fps - ROUNDING) - 1) / stride) + 1
     total = math.ceil(latents / chunk)
     starts, moment = [], 0.0

@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 import hforce
-from hforce.errors import ConfigError, InterruptedRun, UsageError
+from hforce.errors import ConfigError, InterruptedRun, RoomError, UsageError
 from hforce.shell import run, say, start
 
 if TYPE_CHECKING:
@@ -106,6 +106,12 @@ def generate(
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
+    memory_mode: Annotated[
+        str, Option("--memory-mode", metavar="NAME", help="auto, speed, balanced or low: what stays on the device.")
+    ] = "",
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Show what would be made and the memory it takes, and stop.")
+    ] = False,
     print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
@@ -115,6 +121,7 @@ def generate(
     flags: Flags = {"--duration": ("video.seconds", _seconds(duration)), "--seed": ("sample.seed", seed)}
     flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
     flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
+    flags |= {"--memory-mode": ("model.memory", memory_mode)}
     settings = _load(model, size, config, set_, flags)
     if frames is not None:
         settings.video.seconds = _count_seconds(frames, bool(duration), settings.video.fps)
@@ -126,6 +133,13 @@ def generate(
     if on_exists not in ("skip", "overwrite", "error"):
         raise UsageError(f"--on-exists {on_exists!r}: expected skip, overwrite or error")
     items = _items(prompt or [], prompt_file, settings)
+    if dry_run:
+        from hforce import dry_run as rehearsal
+
+        with _blame(config):
+            found = rehearsal.run(settings, items, output)
+        typer.echo(found.text)
+        raise typer.Exit(0 if found.fits else RoomError.exit_code)
     from hforce import generate as verb
     from hforce.progress import VideoProgress
 

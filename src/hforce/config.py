@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hforce.errors import ConfigError, UsageError
 from hforce.resources import presets
-from hforce.rules import Rule, each, falling, nearest, one_of, seconds, size, within
+from hforce.rules import Rule, amount, each, falling, nearest, one_of, seconds, size, within
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
 
 COMMAND_LINE = "--set"
@@ -34,6 +34,8 @@ class ModelConfig:
     size: str = ""  # "832x480", width x height in pixels; empty: the model's own
     dtype: str = "auto"
     device: str = "auto"
+    memory: str = "auto"  # what stays on the device: speed, balanced or low; auto: the first of these that fits
+    memory_limit: str = ""  # "8GiB": how much memory to plan with; empty: what the device has free
     threads: int = 0  # of the CPU; 0: all cores but one, which the video encoder needs
 
 
@@ -163,6 +165,8 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "model.size": size,
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.device": one_of("auto", "cpu", "cuda", "mps", also=r"cuda:\d{1,3}", shown="cuda:N"),
+    "model.memory": one_of("auto", "speed", "balanced", "low"),
+    "model.memory_limit": amount,
     "model.threads": within(0, 1024),
     "cache.setup": _SETUP,
     "cache.roles": one_of("profile", "inverse", "uniform", also=r"random:\d{1,18}", shown="random:SEED"),

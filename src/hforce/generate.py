@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hforce
-from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache
+from hforce import memory
+from hforce.build import Plan, build_blueprint, build_memory, build_plan, build_script, build_stream, check_cache
 from hforce.config import Config
 from hforce.documents import read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
-from hforce.models.base import Backbone
+from hforce.memory import Mode, check, gib
+from hforce.models.base import Backbone, Blueprint, Described
 from hforce.prompts import Item, Shot, file_stem
 from hforce.stream import Chunk, Stream
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
@@ -83,13 +85,18 @@ def run(
     """
     targets = choose_targets(items, output)
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
-    backbone = build_backbone(config)
-    check_cache(config.cache, backbone)
-    jobs = [plan_job(config, backbone, item, target) for item, target in zip(items, targets, strict=True)]
-    done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
+    blueprint = build_blueprint(config)
+    blueprint.check_packages()
+    check_cache(config.cache, blueprint)
+    jobs = [plan_job(config, blueprint, item, target) for item, target in zip(items, targets, strict=True)]
+    missing = [job for job in jobs if on_exists == "overwrite" or not job.target.video.exists()]
+    mode = choose_mode(config, blueprint, missing) if missing else None
+    done = [is_done(job, record(config, blueprint, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
-    backbone.encode_text.encode_all(shot.prompt for job in wanted for shot in job.shots)
+    if not mode:
+        return result
+    backbone = load(blueprint, mode, [shot.prompt for job in wanted for shot in job.shots])
     for job in wanted:
         try:
             make(config, backbone, job, tell)
@@ -101,6 +108,31 @@ def run(
             if len(jobs) > 1:
                 log.error("%s: %s", job.target.video.name, error)
     return result
+
+
+def choose_mode(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> Mode:
+    """The memory mode in which all jobs fit. Raises RoomError where one does not."""
+    made, available = plan_memory(config, blueprint, jobs)
+    check(made, available)
+    log.info("memory mode %s: %s GiB at most", made.mode, gib(made.peak))
+    return made.mode
+
+
+def plan_memory(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> tuple[memory.Plan, int | None]:
+    """What the largest of the jobs takes, and what there is."""
+    longest = max(job.plan.total for job in jobs)
+    return build_memory(config, blueprint, longest, switches=any(len(job.shots) > 1 for job in jobs))
+
+
+def load(blueprint: Blueprint, mode: Mode, prompts: Sequence[str]) -> Backbone:
+    """The backbone, with the prompts encoded: before the weights are read, or after, if the encoder is to stay."""
+    if mode is Mode.SPEED:
+        blueprint.encode_text.stay()
+        backbone = blueprint.load()
+        backbone.encode_text.encode_all(prompts)
+        return backbone
+    blueprint.encode_text.encode_all(prompts)
+    return blueprint.load(rests=mode is Mode.LOW)
 
 
 def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
@@ -117,7 +149,7 @@ def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
     ]
 
 
-def plan_job(config: Config, backbone: Backbone, item: Item, target: Target) -> Job:
+def plan_job(config: Config, backbone: Described, item: Item, target: Target) -> Job:
     """The item's shots with their lengths, cut into chunks."""
     seconds = item.seconds or config.video.seconds
     shots = item.timed(seconds)
@@ -192,7 +224,7 @@ class Sheet:
         self.pictures += [(n / self._fps, frames[n - first].copy()) for n in inside]
 
 
-def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
+def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
     """Everything needed to make the same video again: the sidecar without its result."""
     starts = [sum(job.plan.chunks[:i]) for i in range(len(job.shots))]
     schedule = [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from hforce.attention.rope import rotary_pairs
+from hforce.cache.heads import LOOK_EVERY
 from hforce.errors import RoomError
 from hforce.geometry import Geometry
 from hforce.models.base import Needs
@@ -14,7 +15,6 @@ from hforce.models.dit import WanConfig
 
 GIB = 1 << 30
 FLOAT = 4  # bytes of a float32: what norms and angles are computed in
-LOOKED_EVERY = 3  # of the layers with heads whose policy looks at pictures, so many keep the keys of the last pass
 
 
 class Mode(StrEnum):
@@ -31,23 +31,27 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Lane:
-    """The heads of one role: how many, in how many layers, and the most frames of the past each holds.
+    """The heads of one role: how many in every layer, and the most frames of the past each holds.
 
-    `most` of them are in one layer. `looks` says whether their policy looks at pictures.
+    `looks` says whether their policy looks at pictures.
     """
 
-    heads: int
-    layers: int
-    most: int
+    heads: tuple[int, ...]
     capacity: int
     looks: bool = False
+
+    @property
+    def looked(self) -> tuple[int, ...]:
+        """How many heads are looked at, in each layer where some are."""
+        return tuple(n for n in self.heads if n)[::LOOK_EVERY] if self.looks else ()
 
 
 @dataclass(frozen=True)
 class Work:
     """What is made: by which transformer, computing in numbers of `itemsize` bytes, with which cache.
 
-    `lanes` has the roles that occur; `shots` says whether prompts change; `here` is the type of the device.
+    `lanes` has the roles that occur; `pixels` are the numbers in the video frames of a chunk; `switches` says whether
+    prompts change within a video, `here` is the type of the device.
     """
 
     config: WanConfig
@@ -55,8 +59,9 @@ class Work:
     itemsize: int
     lanes: Mapping[str, Lane]
     needs: Needs
+    pixels: int
     here: str = "cpu"
-    shots: bool = False
+    switches: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,12 @@ def plan(work: Work, mode: Mode, text_here: bool = True) -> Plan:
     context = context_bytes(work.config, work.itemsize)
     base = transformer | {f"cache of {role} heads": size for role, size in cache.items()} | {"text context": context}
     base |= {"keys looked at": looked_bytes(work)} | (text if stays else {})
-    denoising = max(pass_bytes(work), turning_bytes(work), context if work.shots else 0)
+    denoising = max(pass_bytes(work), turning_bytes(work), context if work.switches else 0)
     encoding = {"work": n.encoding if text_here else 0}
     return Plan(mode, {
         "encoding": (transformer | codec | text if stays else text) | encoding,
         "denoising": base | ({} if resting else codec) | held | {"work": denoising},
-        "decoding": base | codec | {"decoder memory": n.decoder, "work": n.decoding},
+        "decoding": base | codec | {"decoder memory": n.decoder, "work": max(n.decoding, 3 * FLOAT * work.pixels)},
     })  # fmt: skip
 
 
@@ -136,10 +141,10 @@ def kv_bytes(work: Work) -> dict[str, int]:
     """Bytes of the cache of every role, as `HeadCache` allocates it."""
     g = work.geometry
     past = 2 * rotary_pairs(g.head_dim)[0]  # what turns in time is kept a second time
-    return {
-        role: lane.heads * g.tokens * work.itemsize * (2 * (g.chunk + lane.capacity) * g.head_dim + lane.capacity * past)
-        for role, lane in work.lanes.items()
+    token = {
+        role: 2 * (g.chunk + lane.capacity) * g.head_dim + lane.capacity * past for role, lane in work.lanes.items()
     }
+    return {role: sum(work.lanes[role].heads) * g.tokens * token[role] * work.itemsize for role in token}
 
 
 def context_bytes(config: WanConfig, itemsize: int) -> int:
@@ -149,36 +154,34 @@ def context_bytes(config: WanConfig, itemsize: int) -> int:
 
 def looked_bytes(work: Work) -> int:
     """Keys of the last pass, which stay for the policies that look at pictures."""
-    layers = max((lane.layers for lane in work.lanes.values() if lane.looks), default=0)
-    return -(-layers // LOOKED_EVERY) * _tokens(work)
+    return max((len(lane.looked) for lane in work.lanes.values()), default=0) * _tokens(work)
 
 
 def turning_bytes(work: Work) -> int:
-    """What `HeadCache.advance` adds while it turns the keys of one layer in time."""
+    """What `HeadCache.advance` adds at most: keys of one layer turned in time, or those of all that are looked at."""
     g = work.geometry
     past = 2 * rotary_pairs(g.head_dim)[0]
-    values = max((lane.most * lane.capacity for lane in work.lanes.values()), default=0) * g.tokens * past
-    return values * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize)
+    turned = max(max(lane.heads) * lane.capacity for lane in work.lanes.values()) * g.tokens * past
+    looked = max(sum(lane.looked) for lane in work.lanes.values()) * g.chunk * g.tokens * g.head_dim
+    return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), 2 * FLOAT * looked)
 
 
 def pass_bytes(work: Work) -> int:
-    """What one pass of the transformer adds at most, its result included, above the weights and the cache.
+    """What one pass of the transformer adds at most, above the weights, the cache and the text context.
 
-    Counted in a block, in each place where most is alive: the tokens `x` on the way in and what was made of them.
+    Counted in a block, in each place where most is alive: the tokens `x` that it was given, what it made of them until
+    then, and the six modulations of every frame, once for the model and once for the block.
     """
-    x, config = _tokens(work), work.config
-    tokens = work.geometry.chunk * work.geometry.tokens
-    as_float = 0 if work.itemsize == FLOAT else x * FLOAT // work.itemsize
-    inner = tokens * config.ffn_dim * work.itemsize
-    lanes = min(2, len({lane.capacity for lane in work.lanes.values()}))
-    places = {
-        "norm of keys": 4 * x + 3 * max(as_float, x),
-        "turning keys": 6 * x + as_float + tokens * config.dim * FLOAT + (x if as_float else 0),
-        "attention": (7 + lanes) * x + tokens * config.heads * FLOAT,
-        # On a CPU the float32 GELU is made of parts.
-        "feed-forward": 2 * x + inner * (3 if work.here == "cpu" and not as_float else 2),
-    }
-    return max(places.values())
+    x, c, g = _tokens(work), work.config, work.geometry
+    tokens = g.chunk * g.tokens
+    as_float = 0 if work.itemsize == FLOAT else tokens * c.dim * FLOAT
+    inner = tokens * c.ffn_dim * work.itemsize
+    calls = min(2, len({lane.capacity for lane in work.lanes.values()}))  # of several, the results are joined
+    return 13 * g.chunk * c.dim * work.itemsize + max(
+        6 * x + 2 * as_float + (x if as_float else tokens * c.dim * FLOAT),  # turning keys
+        (7 + calls) * x + tokens * c.heads * FLOAT,  # attention
+        4 * x + inner * (3 if work.here == "cpu" and not as_float else 2),  # feed-forward; see `dit.Gelu`
+    )
 
 
 def _tokens(work: Work) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ class MemBlock(nn.Module):
         first = torch.zeros_like(x[:, :1]) if past is None else past[:, None]
         joined = torch.cat([x, torch.cat([first, x[:, :-1]], dim=1)], dim=2)
         y = F.relu(self.conv(joined.flatten(0, 1)) + x.flatten(0, 1))
-        return y.unflatten(0, x.shape[:2]), x[:, -1]
+        return y.unflatten(0, x.shape[:2]), x[:, -1].clone()  # a view would keep all of x in memory
 
 
 class TPool(nn.Module):
@@ -242,18 +243,20 @@ def codec_needs(path: Path, chunk: int, cells: tuple[int, int], dtype: torch.dty
 def decoder_needs(c: TaehvConfig, chunk: int, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that a decoder remembers, and those that decoding a chunk of latents h x w adds.
 
-    Every MemBlock remembers a frame, and holds five of its input while it works; a step up holds what it was given,
-    twice what it made of it in space and time.
+    Every MemBlock remembers a frame, the old one until the chunk is done, and holds its input five times while it
+    works. A step up holds what it grew and what a convolution makes of it; the end, the pictures twice.
     """
     frames, area, remembered, peak = chunk, cells[0] * cells[1], 0, 0
-    for width, time, space in zip(c.decoder_widths, c.time_up, c.space_up, strict=False):
+    for (width, narrower), time, space in zip(pairwise(c.decoder_widths), c.time_up, c.space_up, strict=True):
         remembered += 3 * width * area
-        given = width * frames * area
-        grown = given * space**2 * time
-        peak = max(peak, 5 * given, given * space**2 + 2 * grown)
+        peak = max(peak, 5 * width * frames * area)
         frames, area = frames * time, area * space**2
+        peak = max(peak, (width + narrower) * frames * area, 2 * narrower * frames * area)
     pictures = 3 * frames * area * c.patch**2
-    return remembered * dtype.itemsize, max(peak, 2 * pictures) * dtype.itemsize
+    held = remembered * dtype.itemsize
+    as_float = 0 if dtype == torch.float32 else 4 * pictures
+    shown = pictures * dtype.itemsize
+    return held, max(peak * dtype.itemsize + held, 2 * shown + held, shown + as_float)
 
 
 def _config_of(entries: Mapping[str, Entry], path: Path) -> TaehvConfig:

@@ -153,13 +153,13 @@ def decoder_needs(width: int, chunk: int, cells: tuple[int, int], dtype: torch.d
     """Bytes that a decoder `width` channels wide at full size remembers, and those that decoding a chunk adds.
 
     It remembers the last two inputs of every convolution in time: channels at latent size and 2, 4 and 8 times that.
-    The peak lies at full size: in a residual block, or, as halves are enlarged as float32, in the step up to it.
+    The peak lies at full size: in a residual block, or, as halves are enlarged as float32 (and laid out anew, where
+    PyTorch has no kernel for it), in the step up to it.
     """
     area = cells[0] * cells[1]
     remembered = (CHANNELS + 11 * 4 * width) + 4 * (2 * width + 6 * 4 * width) + 16 * 6 * 2 * width + 64 * 7 * width
-    pictures = 3 * STRIDE * 64 * area * 4
+    pictures = (chunk - 1) * 3 * STRIDE * 64 * area * 4  # made of the latents before, in float32
     unit = width * STRIDE * 64 * area * dtype.itemsize  # the video frames of a latent frame, at full width
     padded = width * (STRIDE + 2) * (8 * cells[0] + 2) * (8 * cells[1] + 2) * dtype.itemsize
-    block = unit * 4 + padded
-    stepping = 7 * unit if dtype.itemsize < 4 else 0
-    return 2 * remembered * area * dtype.itemsize, max(block, stepping) + chunk * pictures
+    peak = 5 * unit + padded if dtype == torch.float32 else 10 * unit
+    return 2 * remembered * area * dtype.itemsize, peak + pictures
