@@ -48,6 +48,12 @@ SeedOption = Annotated[int | None, Option("--seed", metavar="N", help="Seed of t
 DurationOption = Annotated[
     str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
 ]
+PolicyOption = Annotated[
+    str, Option("--policy", metavar="NAME", help="head-forcing, window, sink, full, uniform, random, inverse.")
+]
+MemoryOption = Annotated[
+    str, Option("--memory-mode", metavar="NAME", help="auto, speed, balanced or low: what stays on the device.")
+]
 PlotOption = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw it, as PNG.")]
 
 Flags = dict[str, tuple[str, Any]]
@@ -93,9 +99,7 @@ def generate(
         int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")
     ] = None,
     seed: SeedOption = None,
-    policy: Annotated[
-        str, Option("--policy", metavar="NAME", help="head-forcing, window, sink, full, uniform, random, inverse.")
-    ] = "",
+    policy: PolicyOption = "",
     roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
     profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
     upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
@@ -106,12 +110,8 @@ def generate(
     size: SizeOption = "",
     config: ConfigOption = None,
     set_: SetOption = None,
-    memory_mode: Annotated[
-        str, Option("--memory-mode", metavar="NAME", help="auto, speed, balanced or low: what stays on the device.")
-    ] = "",
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Show what would be made and the memory it takes, and stop.")
-    ] = False,
+    memory_mode: MemoryOption = "",
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be made, in which memory, and stop.")] = False,
     print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
@@ -134,12 +134,7 @@ def generate(
         raise UsageError(f"--on-exists {on_exists!r}: expected skip, overwrite or error")
     items = _items(prompt or [], prompt_file, settings)
     if dry_run:
-        from hforce import dry_run as rehearsal
-
-        with _blame(config):
-            found = rehearsal.run(settings, items, output)
-        typer.echo(found.text)
-        raise typer.Exit(0 if found.fits else RoomError.exit_code)
+        return _rehearse(settings, items, output, config)
     from hforce import generate as verb
     from hforce.progress import VideoProgress
 
@@ -268,6 +263,16 @@ def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] 
         for flag, (key, _) in given.items():
             told = told.replace(f"--set: {key}: ", f"{flag}: ")
         raise UsageError(told, error.mend) from error
+
+
+def _rehearse(settings: Config, items: list[Item], output: Path, files: list[Path] | None) -> None:
+    """Prints what would be made. Ends with the exit code of a run that is refused for want of memory, if it would be."""
+    from hforce import dry_run
+
+    with _blame(files):
+        found = dry_run.run(settings, items, output)
+    typer.echo(found.text)
+    raise typer.Exit(0 if found.fits else RoomError.exit_code)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Mode(StrEnum):
     """What stays on the device when.
 
     SPEED: everything. BALANCED: the text encoder is let go of before the other weights are read. LOW: the
-    autoencoder, too, is there only while it decodes.
+    autoencoder, too, is read for every chunk and let go of; beside a GPU, it works on the CPU.
     """
 
     SPEED = "speed"
@@ -83,21 +83,22 @@ class Plan:
 
 def plan(work: Work, mode: Mode, text_here: bool = True) -> Plan:
     """What a run takes on its device. text_here: whether the text encoder runs there, and not beside a GPU."""
-    n = work.needs
-    stays, resting = mode is Mode.SPEED, mode is Mode.LOW
-    transformer, cache = {"transformer": n.transformer}, kv_bytes(work)
-    text, codec = {"text encoder": n.text if text_here else 0}, {"autoencoder": n.codec}
-    held = {"decoder memory": 0 if resting and work.here != "cpu" else n.decoder}
+    n, stays = work.needs, mode is Mode.SPEED
     context = context_bytes(work.config, work.itemsize)
-    base = transformer | {f"cache of {role} heads": size for role, size in cache.items()} | {"text context": context}
-    base |= {"keys looked at": looked_bytes(work)} | (text if stays else {})
-    denoising = max(pass_bytes(work), turning_bytes(work), context if work.switches else 0)
-    encoding = {"work": n.encoding if text_here else 0}
-    return Plan(mode, {
-        "encoding": (transformer | codec | text if stays else text) | encoding,
-        "denoising": base | ({} if resting else codec) | held | {"work": denoising},
-        "decoding": base | codec | {"decoder memory": n.decoder, "work": max(n.decoding, 3 * FLOAT * work.pixels)},
-    })  # fmt: skip
+    text = {"text encoder": n.text} if text_here else {}
+    codec, memory, pictures = {"autoencoder": n.codec}, {"decoder memory": n.decoder}, 3 * FLOAT * work.pixels
+    transformer = {"transformer": n.transformer}
+    base = transformer | {f"cache of {role} heads": size for role, size in kv_bytes(work).items()}
+    base |= {"text context": context, "keys looked at": looked_bytes(work)} | (text if stays else {})
+    denoising = base | {"work": max(pass_bytes(work), turning_bytes(work), context if work.switches else 0)}
+    decoding = base | codec | memory | {"work": max(n.decoding, pictures)}
+    if mode is Mode.LOW:
+        denoising |= memory if work.here == "cpu" else {}
+        decoding = decoding if work.here == "cpu" else base
+    else:
+        denoising |= codec | memory
+    encoding = (transformer | codec | text if stays else text) | {"work": n.encoding if text_here else 0}
+    return Plan(mode, {"encoding": encoding, "denoising": denoising, "decoding": decoding})
 
 
 def choose(work: Work, wanted: str, available: int | None) -> Plan:

@@ -121,7 +121,7 @@ class Blueprint:
 
     `stride` video frames make a latent frame; the transformer computes in `dtype` on `device`. `packages` are those
     of the extra `wan` that it takes to run it. `identify` reads what the fingerprint is made of. `read` makes the
-    backbone; told True, with a codec whose weights are in memory only while it works.
+    backbone; told True, with a codec that works on the CPU and is in memory only while it does.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A codec whose weights are in memory only while it works, and whose decoder's memory waits off the device."""
+"""A codec that is in memory only while it works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from hforce.models.base import Codec, Decoder
 
@@ -27,7 +26,7 @@ class RestingCodec:
 
 
 class RestingDecoder:
-    """Decodes one video; between two chunks nothing of it is on the device."""
+    """Decodes one video; between two chunks it holds what it remembers, but no weights."""
 
     def __init__(self, load: Callable[[], Codec]) -> None:
         self._load = load
@@ -37,7 +36,7 @@ class RestingDecoder:
         """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
         decoder = self._load().decoder()
         if self.memory is not None:
-            decoder.memory = tree_map_only(Tensor, lambda x: x.to(latents.device), self.memory)
+            decoder.memory = self.memory
         frames = decoder(latents)
-        self.memory = tree_map_only(Tensor, lambda x: x.cpu(), decoder.memory)
+        self.memory = decoder.memory
         return frames

@@ -151,9 +151,9 @@ def open_tiny(source: Source, size: tuple[int, int] | None, device: str, dtype: 
     )  # fmt: skip
 
 
-def load_codec(path: Path, device: str) -> TaehvCodec:
-    """The codec alone. Raises what `TinyModel.load` raises."""
-    tiny = TinyModel.load(path).to(device)
+def load_codec(path: Path) -> TaehvCodec:
+    """The codec alone, on the CPU. Raises what `TinyModel.load` raises."""
+    tiny = TinyModel.load(path)
     return TaehvCodec(tiny.codec, tiny.latent_mean, tiny.latent_std)
 
 
@@ -170,5 +170,5 @@ def _read(path: Path, encoder: WordEncoder, blueprint: Blueprint, rests: bool) -
     tiny.dit.to(b.dtype)
     encoder.words = tiny.words
     whole = TaehvCodec(tiny.codec, tiny.latent_mean, tiny.latent_std)
-    codec = RestingCodec(partial(load_codec, path, b.device), b.stride) if rests else whole
+    codec = RestingCodec(partial(load_codec, path), b.stride) if rests else whole
     return Backbone(b.name, tiny.dit, encoder, codec, b.geometry, b.shape, b.size, b.fingerprint)

@@ -73,8 +73,8 @@ def open_wan(name: str, source: Source, size: tuple[int, int] | None, device: st
 def _read(checkpoint: Checkpoint, vae: Path, blueprint: Blueprint, rests: bool) -> Backbone:
     b = blueprint
     model = load_transformer(checkpoint, b.dtype, b.device)
-    load = partial(load_codec, vae, b.dtype, b.device)
-    codec = RestingCodec(load, b.stride) if rests else load()
+    resting = RestingCodec(partial(load_codec, vae, b.dtype, "cpu"), b.stride)
+    codec = resting if rests else load_codec(vae, b.dtype, b.device)
     return Backbone(b.name, model, b.encode_text, codec, b.geometry, b.shape, b.size, b.fingerprint, b.family)
 
 
