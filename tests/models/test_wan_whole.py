@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tests.builders import close
 from tests.weightfiles import wrapped
+from torch.utils._pytree import tree_leaves
 
 from hforce.attention.dense import BlockCausal
 from hforce.attention.rope import Rope3D
 from hforce.errors import CheckpointError, ConfigError, InputError
+from hforce.generate import load
+from hforce.memory import Mode
 from hforce.models import wan
 from hforce.models.base import Source
 from hforce.models.dit import CausalWan, WanConfig
@@ -21,6 +24,7 @@ from hforce.models.taehv import TaehvCodec
 from hforce.models.wan import LARGE, SMALL, open_wan
 from hforce.models.wan_vae import WanCodec
 from hforce.models.weights import fingerprint
+from hforce.weigh import tensor_bytes
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -103,3 +107,23 @@ def test_faults_are_found_before_weights_are_read(sources, monkeypatch, tmp_path
 def test_a_folder_with_all_parts_needs_no_base(sources):
     made = open_wan("", Source(sources.base, vae=f"{sources.base}/taew2_1.pth"), SIZE, "cpu", "auto").load()
     assert isinstance(made.codec, TaehvCodec)
+
+
+@pytest.mark.parametrize("codec", [WanCodec, TaehvCodec])
+def test_every_memory_mode_holds_what_was_planned(sources, codec, tmp_path):
+    if codec is TaehvCodec:
+        sources = replace(sources, vae=f"{sources.base}/taew2_1.pth")
+    flows = []
+    for mode in Mode:
+        blueprint = open_wan("", replace(sources, texts=str(tmp_path / mode)), SIZE, "cpu", "bfloat16")
+        made, needs = load(blueprint, mode, [PROMPT]), blueprint.needs
+        assert tensor_bytes(made.model) == needs.transformer
+        assert tensor_bytes(made.encode_text) == (needs.text if mode is Mode.SPEED else 0)
+        decoder = made.codec.decoder()
+        flows.append(torch.cat([decoder(torch.ones(1, 3, *made.shape)) for _ in range(2)]))
+        kept = [x for x in tree_leaves(decoder.memory) if isinstance(x, torch.Tensor)]
+        assert sum(x.nbytes for x in kept) == needs.decoder
+        held = 0 if mode is Mode.LOW else tensor_bytes(made.codec.net)
+        assert held == (0 if mode is Mode.LOW else needs.codec)
+    assert flows[0].equal(flows[1])
+    assert flows[0].equal(flows[2])
