@@ -68,7 +68,7 @@ def test_the_14b_model_is_known_by_its_width(command, tmp_path, monkeypatch):
     write_hollow(shapes_of(KNOWN["Wan2.1 14B"]), tmp_path / "large.safetensors")
     base = f"model.base={hollow_release(tmp_path / 'base')}"
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    line = ("generate", "-p", "a fox", "--set", base, "-o", "out")
+    line = ("-q", "generate", "-p", "a fox", "--set", base, "-o", "out")
     command(*line, "-m", "large.safetensors").fails(69, "ftfy")  # looked for before weights are read
     named = ("--set", "model.checkpoint=large.safetensors")
     command(*line, "-m", "wan2.1-t2v-14b", *named).fails(69, "ftfy")
@@ -82,7 +82,7 @@ def test_the_14b_model_is_known_by_its_width(command, tmp_path, monkeypatch):
 
 def test_what_is_missing_is_told_with_a_way_out(command, tmp_path, monkeypatch):
     FORMATS["self_forcing.pt"](tmp_path / "x.pt")
-    line = ("generate", "-p", "a fox", "--roles", "uniform", "-o", "out")
+    line = ("-q", "generate", "-p", "a fox", "--roles", "uniform", "-o", "out")
     command(*line, "-m", "wan2.1-t2v-1.3b").fails(2, "needs the weights of its transformer", "-m PATH")
     command(*line, "-m", "x.pt").fails(2, "is a transformer alone", "--set model.base=FOLDER")
     command(*line, "-m", "x.pt", "--set", "model.base=gone").fails(66, "there is no file or folder gone")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Option
@@ -134,7 +134,7 @@ def generate(
         raise UsageError(f"--on-exists {on_exists!r}: expected skip, overwrite or error")
     items = _items(prompt or [], prompt_file, settings)
     if dry_run:
-        return _rehearse(settings, items, output, config)
+        _rehearse(settings, items, output, config)
     from hforce import generate as verb
     from hforce.progress import VideoProgress
 
@@ -265,7 +265,7 @@ def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] 
         raise UsageError(told, error.mend) from error
 
 
-def _rehearse(settings: Config, items: list[Item], output: Path, files: list[Path] | None) -> None:
+def _rehearse(settings: Config, items: list[Item], output: Path, files: list[Path] | None) -> NoReturn:
     """Prints what would be made. Ends with the exit code of a run that is refused for want of memory, if it would be."""
     from hforce import dry_run
 

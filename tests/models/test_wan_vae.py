@@ -78,7 +78,7 @@ def test_memory_does_not_grow_with_the_video_and_streams_do_not_mix(vae):
     one, other = codec.decoder(), codec.decoder()
 
     def held() -> int:
-        return sum(value.untyped_storage().nbytes() for value in one.features if isinstance(value, Tensor))
+        return sum(value.untyped_storage().nbytes() for value in one.memory[0] if isinstance(value, Tensor))
 
     first = one(latents[:, :3])
     after_3 = held()
