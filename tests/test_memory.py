@@ -157,7 +157,7 @@ def test_a_plan_that_does_not_fit_names_parts_and_a_way_out():
     with pytest.raises(RoomError, match=r"needs 4\.\d\d GiB.*transformer 3.00.*but 2.00 GiB are available") as caught:
         memory.check(made, 2 << 30)
     assert caught.value.exit_code == 71
-    assert [word for word in ("--size", "--policy", "--memory-mode low") if word not in caught.value.mend] == []
+    assert [word for word in ("--size", "--policy", "--memory-mode auto") if word not in caught.value.mend] == []
 
 
 def test_low_holds_no_codec_between_chunks_and_decodes_the_same(config):

@@ -50,8 +50,10 @@ class Plan:
 
 
 def build_blueprint(config: Config) -> Blueprint:
-    """The model of a configuration, its weights not read. Sets the number of CPU threads, and warns of settings that
-    do not suit it."""
+    """The model of a configuration, its weights not read.
+
+    Sets the number of CPU threads, and warns of settings that do not suit the model.
+    """
     model = config.model
     set_threads(model.threads)
     source = Source(model.checkpoint, model.base, model.lora, model.vae, model.texts)

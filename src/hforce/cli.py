@@ -266,7 +266,7 @@ def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] 
 
 
 def _rehearse(settings: Config, items: list[Item], output: Path, files: list[Path] | None) -> NoReturn:
-    """Prints what would be made. Ends with the exit code of a run that is refused for want of memory, if it would be."""
+    """Prints what would be made, and ends: as a run that is refused for want of memory, if it would be."""
     from hforce import dry_run
 
     with _blame(files):

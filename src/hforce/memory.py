@@ -42,8 +42,8 @@ class Lane:
 
     @property
     def looked(self) -> tuple[int, ...]:
-        """How many heads are looked at, in each layer where some are."""
-        return tuple(n for n in self.heads if n)[::LOOK_EVERY] if self.looks else ()
+        """The layers at which heads are looked at."""
+        return tuple(layer for layer, n in enumerate(self.heads) if n)[::LOOK_EVERY] if self.looks else ()
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def check(made: Plan, available: int | None) -> None:
         return
     phase = max(made.phases, key=made.total)
     parts = ", ".join(f"{part} {gib(size)}" for part, size in made.phases[phase].items() if size)
-    lower = "" if made.mode is Mode.LOW else ", or --memory-mode low"
+    other = "" if made.mode is Mode.LOW else ", or --memory-mode auto"
     raise RoomError(
         f"{phase} needs {gib(made.peak)} GiB of memory ({parts}), but {gib(available)} GiB are available",
-        f"make the video smaller with --size, use a --policy that keeps fewer frames as window{lower}; "
+        f"make the video smaller with --size, use a --policy that keeps fewer frames as window{other}; "
         "--dry-run shows the whole plan",
     )
 
@@ -155,7 +155,7 @@ def context_bytes(config: WanConfig, itemsize: int) -> int:
 
 def looked_bytes(work: Work) -> int:
     """Keys of the last pass, which stay for the policies that look at pictures."""
-    return max((len(lane.looked) for lane in work.lanes.values()), default=0) * _tokens(work)
+    return len({layer for lane in work.lanes.values() for layer in lane.looked}) * _tokens(work)
 
 
 def turning_bytes(work: Work) -> int:
@@ -163,7 +163,7 @@ def turning_bytes(work: Work) -> int:
     g = work.geometry
     past = 2 * rotary_pairs(g.head_dim)[0]
     turned = max(max(lane.heads) * lane.capacity for lane in work.lanes.values()) * g.tokens * past
-    looked = max(sum(lane.looked) for lane in work.lanes.values()) * g.chunk * g.tokens * g.head_dim
+    looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in work.lanes.values()) * g.chunk * g.tokens * g.head_dim
     return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), 2 * FLOAT * looked)
 
 

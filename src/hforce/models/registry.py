@@ -29,8 +29,10 @@ def open_model(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Blueprint:
-    """A model by name, its weights not read. Raises ConfigError for an unknown one, UnavailableError for a device that
-    is not there, and what its opener raises."""
+    """A model by name, its weights not read.
+
+    Raises ConfigError for an unknown one, UnavailableError for a device that is not there, and what its opener raises.
+    """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}", f"known models: {', '.join(MODELS)}")
     return MODELS[name](source, size, find_device(device), dtype)
