@@ -163,8 +163,9 @@ def turning_bytes(work: Work) -> int:
     g = work.geometry
     past = 2 * rotary_pairs(g.head_dim)[0]
     turned = max(max(lane.heads) * lane.capacity for lane in work.lanes.values()) * g.tokens * past
-    looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in work.lanes.values()) * g.chunk * g.tokens * g.head_dim
-    return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), 2 * FLOAT * looked)
+    looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in work.lanes.values())
+    looks = 2 * FLOAT * looked * g.chunk * g.tokens * g.head_dim
+    return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), looks)
 
 
 def pass_bytes(work: Work) -> int:
