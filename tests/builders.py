@@ -148,15 +148,11 @@ def held(cache: HeadCache, role: HeadRole = HeadRole.MEMORY) -> list[int]:
 
 def stored(cache: HeadCache, role: HeadRole, layer: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values [heads, S, D] of every frame that a role holds in a layer."""
-    for group in cache.groups:
-        begin = 0
-        for lane, (first, last) in zip(group.lanes, group.heads[layer], strict=True):
-            rows = slice(begin, begin + last - first)
-            begin = rows.stop
-            if lane.role is role:
-                keys, values = group.keys[layer][rows], group.values[layer][rows]
-                return {index: (keys[:, slot].clone(), values[:, slot].clone()) for index, slot in lane.slot.items()}
-    raise KeyError(role)
+    (number,) = (number for number, lane in enumerate(cache.lanes) if lane.role is role)
+    keys = cache.store.read_keys(layer, number, cache.geometry.chunk + cache.lanes[number].policy.capacity)
+    values = cache.store.block(cache.store.values[layer], layer, number)
+    slots = cache.lanes[number].slot.items()
+    return {index: (keys[:, slot].to(values.dtype, copy=True), values[:, slot].clone()) for index, slot in slots}
 
 
 SMALL_ROLES = role_map("AML", "LMM")

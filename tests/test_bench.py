@@ -20,9 +20,10 @@ from hforce.bench import BenchProgress, Edges, choose_setups, enter, plan_course
 from hforce.bench_report import DEFINITIONS, KIND, BenchResult, Sample, Trial, choose_reference, make_rows
 from hforce.build import build_backbone, build_script, build_stream
 from hforce.cache.roles import save_profile
-from hforce.config import BenchConfig, CacheConfig, Config, ModelConfig, with_setup
+from hforce.config import with_setup
 from hforce.errors import ConfigError, DataError, OutputError, UnavailableError
 from hforce.prompts import Item, Shot
+from hforce.settings import BenchConfig, CacheConfig, Config, ModelConfig
 from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import drift, read_frames
 from hforce.toy.world import FPS, Scene, render
@@ -72,8 +73,10 @@ def drawn_table(result: BenchResult) -> str:
 def trial(seconds: Sequence[float], steady: int = 0, **changes: object) -> Trial:
     """A trial whose chunks take so long; half of that to denoise, a quarter each to commit and decode."""
     samples = tuple(
-        Sample(i, 12 if i else 9, denoise=s / 2, commit=s / 4, decode=s / 4, whole=s) for i, s in enumerate(seconds)
-    )
+        Sample(i, 12 if i else 9, denoise=s / 2, commit=s / 4, decode=s / 4, whole=s, attend=s / 8, frames_read=21,
+               beside={"wan-vae": s})
+        for i, s in enumerate(seconds)
+    )  # fmt: skip
     made = Trial("a red circle", 0, samples, (), steady, 0.1, 21.0, 1000, 5000, None)
     return replace(made, **changes)
 
@@ -103,7 +106,8 @@ def test_speeds_times_seconds_are_the_frames(result: BenchResult) -> None:
         assert [median(x) for x in zip(*fps, strict=True)] == pytest.approx(
             [row.denoise_fps, row.denoise_only_fps, row.e2e_fps]
         )
-        assert row.chunk_ms["p50"] <= row.chunk_ms["p90"]
+        assert row.chunk_ms["p50"] <= row.chunk_ms["p95"] <= row.chunk_ms["p99"]
+        assert row.jitter == row.chunk_ms["p99"] / row.chunk_ms["p50"]
         assert row.e2e_fps < row.denoise_fps < row.denoise_only_fps
 
 
@@ -171,7 +175,7 @@ def test_the_table_fits_120_columns_and_hides_nothing(result: BenchResult) -> No
 
 def test_the_table_fits_with_the_numbers_of_a_large_model(result: BenchResult) -> None:
     rows = [
-        replace(row, frames_read=2406.0, denoise_fps=30.123, chunk_ms={"p50": 123456.7, "p90": 99999.9}, growth=12.3456,
+        replace(row, frames_read=2406.0, denoise_fps=30.123, chunk_ms={"p50": 123456.7, "p95": 99999.9}, growth=12.3456,
                 first_frame_ms=123456.7, kv_bytes=690_000_000_000, peak_bytes=700_000_000_000, drift=None)
         for row in result.rows
     ]  # fmt: skip
@@ -303,8 +307,8 @@ def test_edges_of_a_short_video_are_the_video() -> None:
 def test_growth_compares_the_last_ten_chunks_with_those_of_a_young_run_beside_them() -> None:
     aged = trial([9.0] * 30 + [3.0] * 10)
     young = replace(aged, young=trial([2.0] * 10).samples)
-    assert make_rows({"full": [young]}, warmup=2)[0].growth == 1.5
-    assert make_rows({"full": [aged]}, warmup=2)[0].growth is None
+    assert make_rows({"full": [young]}, 2, "taehv")[0].growth == 1.5
+    assert make_rows({"full": [aged]}, 2, "taehv")[0].growth is None
 
 
 def test_a_long_race_ends_beside_a_young_run_that_changes_nothing(config: Config) -> None:
@@ -321,15 +325,30 @@ def test_a_long_race_ends_beside_a_young_run_that_changes_nothing(config: Config
 
 def test_steady_chunks_are_those_with_full_windows() -> None:
     seconds = [9.0, 1.0, *(float(i) for i in range(11))]
-    (row,) = make_rows({"window": [trial(seconds, steady=2)]}, warmup=1)
-    assert row.chunk_ms == {"p50": 5000.0, "p90": pytest.approx(9000.0)}
-    (short,) = make_rows({"window": [trial(seconds[:-2], steady=2)]}, warmup=1)
+    (row,) = make_rows({"window": [trial(seconds, steady=2)]}, 1, "taehv")
+    assert row.chunk_ms == pytest.approx({"p50": 5000.0, "p95": 9500.0, "p99": 9900.0})
+    assert row.steady_chunks == 11
+    (short,) = make_rows({"window": [trial(seconds[:-2], steady=2)]}, 1, "taehv")
     assert short.chunk_ms["p50"] == 1000 * median(seconds[1:-2])
+
+
+def test_speeds_are_of_steady_chunks() -> None:
+    """Before windows are full, chunks are cheap and would flatter."""
+    (row,) = make_rows({"window": [trial([1.0] * 7 + [2.0] * 30, steady=7)]}, 1, "taehv")
+    assert (row.denoise_only_fps, row.denoise_fps, row.e2e_fps) == (12 / 1.0, 12 / 1.5, 12 / 2.0)
+    assert row.steady_chunks == 30
+
+
+def test_every_decoder_has_a_speed_of_its_own() -> None:
+    """What the other decoder takes instead is added to what is left without the first."""
+    (row,) = make_rows({"window": [trial([4.0] * 12)]}, 1, "taehv")
+    assert row.decoders == {"taehv": {"ms": 1000, "e2e_fps": 12 / 4}, "wan-vae": {"ms": 4000, "e2e_fps": 12 / 7}}
 
 
 def test_speed_is_paired_by_prompt() -> None:
     """A machine that slows down in the second prompt slows all setups."""
-    rows = make_rows({"sink": [trial([1.0] * 4), trial([4.0] * 4)], "window": [trial([2.0] * 4), trial([8.0] * 4)]}, 1)
+    trials = {"sink": [trial([1.0] * 4), trial([4.0] * 4)], "window": [trial([2.0] * 4), trial([8.0] * 4)]}
+    rows = make_rows(trials, 1, "taehv")
     assert rows[0].speed == {"sink": 1.0, "window": 2.0}
     assert rows[0].denoise_fps == median([12 / 0.75, 12 / 3.0])
     assert rows[0].spread == pytest.approx((16 - 4) / 10)
@@ -339,5 +358,5 @@ def test_speed_is_paired_by_prompt() -> None:
 def test_drift_is_the_mean_of_the_prompts_that_have_it() -> None:
     nan = float("nan")
     drifts: list[dict[str, float]] = [{"hue": 1.0, "mark": nan}, {"hue": 2.0, "mark": nan}]
-    (row,) = make_rows({"sink": [trial([1.0] * 4, drift=d) for d in drifts]}, 1)
+    (row,) = make_rows({"sink": [trial([1.0] * 4, drift=d) for d in drifts]}, 1, "taehv")
     assert row.drift == {"hue": 1.5, "mark": None}

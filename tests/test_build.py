@@ -22,14 +22,17 @@ from hforce.build import (
     build_script,
     build_stream,
     check_cache,
+    effective,
     set_threads,
 )
 from hforce.cache.policies import Anchor, Full, Local, Memory, Sink, Window
 from hforce.cache.roles import HeadRole, RoleMap
-from hforce.config import SETUPS, CacheConfig, Config, RolePolicy, SampleConfig, load_config
+from hforce.config import load_config
 from hforce.errors import ConfigError, DataError, InputError
 from hforce.models.base import Backbone
+from hforce.models.families import Recipe, find_family
 from hforce.prompts import Shot
+from hforce.settings import SETUPS, CacheConfig, Config, RolePolicy, SampleConfig
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +137,11 @@ def test_a_profile_of_other_weights_is_refused(backbone, heads):
 @pytest.mark.parametrize(("setup", "kind"), [
     ("head-forcing", Memory), ("random", Memory), ("inverse", Memory),
     ("uniform", Sink), ("sink", Sink), ("window", Window), ("full", Full),
+    ("hf-10", Memory), ("hf-11", Memory), ("hf-15", Memory),
 ])  # fmt: skip
 def test_a_setup_names_the_policy_of_every_role(backbone, heads, setup, kind):
     cache = cache_of(heads, setup)
-    policies = {role: build_policy(cache, role, backbone.geometry, 9) for role in HeadRole}
+    policies = {role: build_policy(cache, role, backbone, 9) for role in HeadRole}
     assert type(policies[HeadRole.MEMORY]) is kind
     assert (type(policies[HeadRole.LOCAL]), type(policies[HeadRole.ANCHOR])) == (Local, Anchor)
     if setup == "full":
@@ -145,13 +149,58 @@ def test_a_setup_names_the_policy_of_every_role(backbone, heads, setup, kind):
 
 
 def test_every_setup_is_tested_above():
-    assert len(SETUPS) == 7
+    assert len(SETUPS) == 10
+
+
+@pytest.mark.parametrize(("setup", "mean"), [("hf-10", 9.6), ("hf-11", 11.4), ("hf-15", 15.0)])
+def test_a_budget_is_the_documented_mean_where_15_percent_are_local_and_25_anchors(backbone, heads, setup, mean):
+    cache = cache_of(heads, setup)
+    shares = {HeadRole.LOCAL: 0.15, HeadRole.ANCHOR: 0.25, HeadRole.MEMORY: 0.60}
+    past = {role: build_policy(cache, role, backbone, 9).capacity for role in HeadRole}
+    assert sum(shares[role] * (past[role] + backbone.geometry.chunk) for role in HeadRole) == pytest.approx(mean)
+    assert max(past.values()) + backbone.geometry.chunk <= backbone.geometry.span
+    lines = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith(f"| `{setup}` "))
+    assert row.endswith(f" = {past[HeadRole.MEMORY] + backbone.geometry.chunk} | {mean} |")
+
+
+def test_what_is_set_wins_and_what_is_left_alone_is_the_releases():
+    causvid = find_family("causvid")
+    assert effective(SampleConfig(), causvid) == causvid.recipe
+    assert effective(SampleConfig(shift=5.0), causvid) == replace(causvid.recipe, shift=5.0)
+    first = effective(SampleConfig(first_steps=[]), find_family("causal-forcing-1step"))
+    assert (first.steps, first.first_steps, first.chunk) == ((1000,), (), 1)
+    assert effective(SampleConfig(), None).steps == (1000, 750, 500, 250)
+
+
+def test_the_window_of_a_release_is_what_it_was_trained_with(backbone, heads):
+    trained = replace(backbone, family=find_family("longlive"))
+    assert build_policy(cache_of(heads, "window"), HeadRole.MEMORY, trained, 9) == Sink(sink=3, window=6)
+    narrow = cache_of(heads, "window", "cache.memory.options.frames=9")
+    assert build_policy(narrow, HeadRole.MEMORY, trained, 9) == Window(frames=9)
+    assert build_policy(cache_of(heads, "full"), HeadRole.MEMORY, trained, 9).capacity == 27
+    unsunk = replace(trained.family, recipe=Recipe(window=12))
+    assert build_policy(cache_of(heads, "window"), HeadRole.MEMORY, replace(backbone, family=unsunk), 9) == Window(12)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_setup_suits_a_model_that_makes_one_frame_at_a_time(config, heads, setup):
+    one = build_backbone(replace(config, sample=SampleConfig(chunk=1)))
+    assert one.geometry.chunk == 1
+    check_cache(cache_of(heads, setup), one)
+    policy = build_policy(cache_of(heads, setup), HeadRole.MEMORY, one, 9)
+    assert getattr(policy, "chunk", 1) == 1
+
+
+def test_a_chunk_that_fills_the_span_is_refused(config):
+    with pytest.raises(ConfigError, match="leaves no room for the past"):
+        build_backbone(replace(config, sample=SampleConfig(chunk=21)))
 
 
 def test_a_policy_that_holds_more_than_the_model_can_place_is_refused(backbone):
     cache = CacheConfig(memory=RolePolicy("memory", {"window": 30}))
     with pytest.raises(ConfigError, match=r"leaves room for 18") as caught:
-        build_policy(cache, HeadRole.MEMORY, backbone.geometry, 1)
+        build_policy(cache, HeadRole.MEMORY, backbone, 1)
     assert "cache.memory.options" in caught.value.mend
 
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hforce.config import SETUPS, CacheConfig, Config, RolePolicy, describe, load_config, violations, with_setup
+from hforce.config import describe, load_config, violations, with_setup
 from hforce.errors import ConfigError, HforceError, InputError, UsageError
 from hforce.resources import resource
+from hforce.settings import SETUPS, CacheConfig, Config, RolePolicy
 from hforce.units import Grid, parse_duration, parse_moment, parse_size
 
 
@@ -111,6 +112,8 @@ def test_an_unknown_key_names_file_line_and_nearest(tmp_path):
     ("cache:\n  setup: head-forcin\n", "unknown 'head-forcin' (did you mean 'head-forcing'?); known are head-forcing,"),
     ("cache:\n  roles: random:SEED\n", "run.yaml:2: cache.roles: unknown 'random:SEED'"),
     ("sample:\n  steps: [500, 1000]\n", "run.yaml:2: sample.steps: [500, 1000] are not timesteps falling"),
+    ("sample:\n  chunk: one\n", "run.yaml:2: sample.chunk: expected a whole number, got 'one'"),
+    ("model:\n  release: causvit\n", "run.yaml:2: model.release: unknown 'causvit' (did you mean 'causvid'?)"),
     ("bench:\n  setups: []\n", "run.yaml:2: bench.setups: expected at least one value"),
     ("model:\n  size: 833x481\n", "run.yaml:2: model.size: a side of 833 pixels"),
     ("model:\n  name: '???'\n", "run.yaml:2: model.name: still ???"),

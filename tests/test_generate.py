@@ -14,18 +14,23 @@ import av
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hforce import generate
 from hforce.build import build_backbone, build_plan, build_script, build_stream
-from hforce.config import SETUPS, Config, load_config
+from hforce.config import load_config
 from hforce.errors import DataError, HforceError, OutputError, WriteError
-from hforce.generate import Progress, Result, Sheet, choose_targets, decoded
+from hforce.generate import Progress, Result, Sheet, choose_targets, decoded, to_bytes
+from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
 from hforce.models.tiny import WORD_INDEX, WordEncoder
 from hforce.models.weights import read_safetensors
 from hforce.prompts import Item, Shot, load_prompts
+from hforce.settings import SETUPS, Config
+from hforce.video import FfmpegSink
 
 CIRCLE = "a red circle bouncing sideways on a green striped background"
 SQUARE = "a blue square circling on a purple plain background"
@@ -132,10 +137,38 @@ def test_a_short_video_is_the_beginning_of_a_long_one(settings, setup):
 
 def test_every_setup_runs_and_remembers_in_its_own_way(settings):
     made = [play(settings(f"cache.setup={setup}", seconds=7))[0] for setup in SETUPS]
-    assert [len(latents) for latents in made] == [30] * 7
-    for one, other in combinations(made, 2):
+    assert [len(latents) for latents in made] == [30] * 10
+    named = dict(zip(SETUPS, made, strict=True))
+    assert torch.equal(named.pop("hf-11"), named["head-forcing"])
+    for one, other in combinations(named.values(), 2):
         torch.testing.assert_close(one[:3], other[:3], atol=1e-4, rtol=0)  # the first chunk has no past
         assert (one[-3:] - other[-3:]).abs().max() > 1e-3
+
+
+def test_a_model_that_makes_one_frame_at_a_time_makes_no_more_than_asked(settings, tmp_path):
+    config = settings("sample.chunk=1", "cache.switch=recache", seconds=3)
+    shots = [Shot(CIRCLE, 1.5), Shot(SQUARE)]
+    result = generate.run(config, [Item("a", tuple(shots), seconds=3.0)], tmp_path, "error", lambda _: None)
+    told = json.loads(result.made[0].sidecar.read_text())
+    assert [shot["chunk"] for shot in told["schedule"]] == [0, 6]
+    assert (told["chunks"], told["frames"], told["sample"]["chunk"]) == (13, 49, 1)
+    assert len(pictures(result.made[0].video)) == 49
+@given(st.floats(0, 255, width=32))
+def test_brightness_is_rounded_and_never_cut_off(level):
+    shown = to_bytes(torch.full((1, 3, 2, 2), level / 255))
+    assert shown.shape == (1, 2, 2, 3)
+    assert abs(float(shown[0, 0, 0, 0]) - level) <= 0.5001
+
+
+def test_a_video_of_the_usual_size_keeps_it_from_the_latents_to_the_file(tmp_path):
+    """A codec of Wan's shape, narrow, at 832x480."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        codec = TaehvCodec(TAEHV(TaehvConfig(16, 4, (8, 8, 6, 6))).eval().requires_grad_(False))
+        frames = to_bytes(codec.decoder()(torch.randn(1, 1, 16, 60, 104)))
+    with FfmpegSink(tmp_path / "a.mp4", (832, 480)) as sink:
+        sink.write(frames)
+    assert np.stack(pictures(sink.path)).shape == (1, 480, 832, 3)
 
 
 # Prompts
@@ -360,7 +393,8 @@ def test_chunks_made_before_the_numbers_run_away_are_kept(settings, weights, tmp
     config = settings(f"model.checkpoint={model}")
     ((target, error),) = generate.run(config, [item], tmp_path, "error", lambda _: None).failed
     kept = tmp_path / "work" / "odd-0.part.mp4"
-    assert str(error) == f"chunk 3 holds values that are not finite; what was made until then is in {kept}"
+    told = "chunk 3 holds values that are not finite after denoising; what was made until then is in"
+    assert str(error) == f"{told} {kept}"
     assert (type(error), error.exit_code) == (DataError, 65)
     assert "model.dtype=float32" in error.mend
     assert len(pictures(kept)) == 33  # chunks 0, 1 and 2

@@ -148,7 +148,7 @@ def test_pipeline_replays(name: str) -> None:
         stream = Stream(wan, cache_like(settings, wan, chunk), sampling, (16, *settings["latent_hw"]), recorded)
         given = data["in.initial_latent"][item : item + 1] if settings["initial_frames"] else None
         chunks = stream.play([Take(data["in.context"][item : item + 1], len(sizes))], given)
-        made = torch.cat([*([given] if given is not None else []), *(c.latents for c in chunks)], dim=1)
+        made = torch.cat([chunk.latents for chunk in chunks], dim=1)
         close(made, data["out.latents"][item : item + 1])
 
 

@@ -21,11 +21,12 @@ from hforce import length
 from hforce.bench import BenchProgress, find_schedule
 from hforce.build import build_backbone, build_plan
 from hforce.cache.roles import save_profile
-from hforce.config import SETUPS, BenchConfig, CacheConfig, Config, ModelConfig, load_config, with_setup
+from hforce.config import load_config, with_setup
 from hforce.errors import ConfigError, DataError, OutputError
 from hforce.length import choose_lengths, draw_case, fingerprint_of, notes_path, plan_shots
 from hforce.length_report import FILMS, MEASURES, LengthResult
 from hforce.prompts import Shot
+from hforce.settings import SETUPS, BenchConfig, CacheConfig, Config, ModelConfig
 from hforce.toy.evaluate import generate
 from hforce.toy.film import Cut, Film
 from hforce.toy.metrics import read_frames, score
@@ -143,6 +144,8 @@ def test_lengths_beyond_the_duration_are_left_out(config: Config) -> None:
         ("model", {"name": "wan"}, "judges the model 'tiny' at 64x64, not 'wan'"),
         ("model", {"size": "128x128"}, "not 'tiny' at 128x128"),
         ("bench", {"prompts": "p.txt"}, "draws its own prompts"),
+        ("bench", {"random_weights": True}, "takes the model's own weights and decoder"),
+        ("bench", {"decoders": ["own", "taehv"]}, "takes the model's own weights and decoder"),
         ("bench", {"seconds": 4.0}, "the shortest length is 5s, bench.seconds is 4"),
         ("bench", {"setups": ["sink", "sink"]}, "names sink, sink"),
         ("video", {"fps": 8}, "16 frames a second, video.fps is 8"),
@@ -158,7 +161,7 @@ def test_what_does_not_go_with_the_experiment_is_refused(
 
 def test_the_suite_has_defaults_of_its_own_and_explicit_settings_win() -> None:
     bench = load_config(overrides=["bench.suite=tiny-length"]).bench
-    assert (bench.setups, bench.seconds, bench.videos) == (list(SETUPS), 120.0, 64)
+    assert (bench.setups, bench.seconds, bench.videos) == ([s for s in SETUPS if "hf-" not in s], 120.0, 64)
     assert load_config(overrides=["bench.seconds=30", "bench.suite=tiny-length"]).bench.seconds == 30.0
     assert load_config().bench == BenchConfig()
 

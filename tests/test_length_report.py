@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from hforce import length
-from hforce.config import SETUPS
 from hforce.length_report import (
     DEFINITIONS,
     FEWEST,
@@ -26,6 +25,7 @@ from hforce.length_report import (
     estimate,
     summarise,
 )
+from hforce.settings import SETUPS
 from hforce.toy.evaluate import interval
 
 NAN = float("nan")

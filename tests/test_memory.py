@@ -197,7 +197,7 @@ def test_every_mode_makes_the_same_video(generate, tmp_path):
 def test_a_dry_run_tells_what_would_be_made_and_makes_nothing(generate, tmp_path):
     done = generate("-p", "a red circle", "-p", "a blue square", "-o", "out", "--dry-run")
     assert done.code == 0, done.err
-    wanted = ("8 layers x 6 heads x 24", "float32 on cpu", "64x64", "16 tokens per frame", "local heads", "21 frames",
+    wanted = ("8 layers x 6 heads x 24", "float32 on cpu", "64x64", "64 tokens per frame", "local heads", "21 frames",
               "a red circle-0.mp4", "steps [1000]", "transformer", "total", "memory mode  speed", "fingerprint")
     assert [text for text in wanted if text not in done.out] == []
     assert list(tmp_path.iterdir()) == []
@@ -225,7 +225,7 @@ def test_a_dry_run_needs_neither_packages_nor_a_fitting_size(command, tmp_path):
     line = ("-q", "generate", "-m", "x.safetensors", "--set", "model.base=base", "--dry-run", "-p", "a fox", "-d", "1s")
     done = command(*line, "--size", "64x64", "--roles", "uniform")
     assert done.code == 0, done.err
-    assert "recognised as wan2.1" in done.out
+    assert "release      wan2.1, as the weights were recognised" in done.out
     command(*line, "--profile", "gone.json").fails(66, "gone.json")
 
 

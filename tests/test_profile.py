@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from hforce.build import build_backbone, build_profile, build_roles, build_stream
 from hforce.cache.roles import HeadRole, Profile, RoleMap, load_profile, save_profile
-from hforce.config import Config, ModelConfig, ProfileConfig, SampleConfig
 from hforce.errors import ConfigError, DataError, InputError, OutputError, UnavailableError
 from hforce.geometry import Geometry
 from hforce.models.base import Backbone
@@ -44,6 +43,7 @@ from hforce.profile import (
     summarise,
     votes,
 )
+from hforce.settings import Config, ModelConfig, ProfileConfig, SampleConfig
 from hforce.stream import Take
 
 LOCAL, ANCHOR, MEMORY = HeadRole

@@ -118,9 +118,11 @@ def test_a_video_goes_on_from_given_latents(count: int, blocks: list[int]) -> No
     """What holds for the very first chunk holds for none of its own then."""
     given, sampling = draw(1, count, *SHAPE, seed=8), Sampling(STEPS, first_steps=STEPS[::2], first_frames=1)
     made = list(Stream(WAN, one_role(Full(18)), sampling, SHAPE, seeded(0)).play(takes(2), given))
-    assert [chunk.number for chunk in made] == [0, 1]
+    assert [chunk.number for chunk in made] == [*range(-len(blocks), 2)]
+    assert [chunk.latents.shape[1] for chunk in made] == [*blocks, 3, 3]
+    assert torch.equal(latents(made)[:, :count], given)
     expected = generate_without_cache(sampling, seeded(0), [*blocks, 3, 3], given=given)
-    close(latents(made), expected[:, count:], 2e-4)
+    close(latents(made), expected, 2e-4)
 
 
 @pytest.mark.parametrize("given", [False, True])

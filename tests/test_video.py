@@ -75,6 +75,36 @@ def test_colours_are_tagged_and_come_back(tmp_path):
         assert 10 * np.log10(255**2 / error) > 30
 
 
+CARD = np.array([
+    (255, 255, 255), (255, 255, 0), (0, 255, 255), (0, 255, 0), (255, 0, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0),
+    (191, 191, 191), (191, 191, 0), (0, 191, 191), (0, 191, 0), (191, 0, 191), (191, 0, 0), (0, 0, 191), (64, 64, 64),
+], np.uint8)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(832, 480), (480, 832), (130, 98), (18, 34)])
+def test_colours_of_a_test_card_come_back_by_the_formulas_of_bt709(tmp_path, size):
+    width, height = size
+    columns = np.arange(width) * len(CARD) // width
+    card = np.broadcast_to(CARD[columns], (2, height, width, 3))
+    with FfmpegSink(tmp_path / "a.mp4", size, crf=4) as sink:
+        sink.write(card)
+    with av.open(tmp_path / "a.mp4") as container:
+        context = container.streams.video[0].codec_context
+        assert (context.width, context.height, context.pix_fmt) == (width, height, "yuv420p")
+        assert container.streams.video[0].average_rate == 16
+        planes = next(container.decode(video=0)).to_ndarray()  # rows of Y, then of U and V, as they are stored
+    luma, chroma = planes[:height], planes[height:].reshape(2, -1, width // 2)
+    middles = [np.flatnonzero(columns == n).mean() for n in range(len(CARD))]
+    for colour, x in zip(CARD, middles, strict=True):
+        y = (float(luma[height // 2, round(x)]) - 16) / 219
+        u, v = ((float(plane[height // 4, round(x) // 2]) - 128) / 224 for plane in chroma)
+        red, blue = y + 1.5748 * v, y + 1.8556 * u
+        green = (y - 0.2126 * red - 0.0722 * blue) / 0.7152
+        if width // len(CARD) > 8:  # wide enough for the halved resolution of the colours
+            assert abs(255 * np.array([red, green, blue]) - colour).max() < 4
+        assert abs(255 * y - colour @ (0.2126, 0.7152, 0.0722)) < 6
+
+
 def test_the_index_is_in_front(tmp_path):
     make(tmp_path / "a.mp4")
     data = (tmp_path / "a.mp4").read_bytes()

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tests.weightfiles import diffusers, hollow_release, shapes_of, wrapped, write, write_hollow, write_shards
 from torch import nn
 
-from hforce.build import advise
-from hforce.config import SampleConfig, load_config
+from hforce.build import choose_family
 from hforce.models.dit import CausalWan, WanConfig
-from hforce.models.families import FAMILIES
+from hforce.models.families import find_family
 from hforce.models.sizes import KNOWN
+from hforce.models.wan import load_codec
 from hforce.which_model import which_model
 
 with torch.random.fork_rng():
@@ -27,6 +29,7 @@ with torch.random.fork_rng():
     MODEL = CausalWan(WanConfig(256, 256, 2, 2, text_dim=32))
     nn.init.normal_(MODEL.head.head.weight, std=0.05)
 STATE = {name: value.detach() for name, value in MODEL.state_dict().items()}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORMATS = {
     "self_forcing.pt": lambda path: torch.save({"generator_ema": wrapped(STATE)}, path),
     "bare.safetensors": lambda path: write(STATE, path),
@@ -95,29 +98,66 @@ def test_what_is_missing_is_told_with_a_way_out(command, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "videos" / "a fox-0.mp4").exists()
 
 
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's cache with a repository of one commit, which `main` is."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    return folder / "snapshots" / COMMIT
+
+
+def test_a_name_on_the_hub_is_a_model_of_the_family(command):
+    for name in ("org/name", "org/name:w.pt", "org/name@v2:w.pt"):
+        assert which_model(name) == ("wan2.1", "", name)
+    told = command("generate", "-m", "org/name", "--revision", "v2", "--offline", "--device", "cpu", "--print-config")
+    model = yaml.safe_load(told.out)["model"]
+    assert (model["name"], model["checkpoint"]) == ("wan2.1", "org/name")
+    assert (model["revision"], model["offline"], model["device"]) == ("v2", True, "cpu")
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (["-m", "org/other"], "hf download org/other"),
+    (["-m", "org/name:w.pt", "--revision", "v2"], "hf download org/name w.pt --revision v2"),
+    (["-m", "org/name@v2:w.pt"], "hf download org/name w.pt --revision v2"),
+])  # fmt: skip
+def test_offline_what_is_not_cached_is_69(command, hub, tmp_path, options, told):
+    done = command("generate", *options, "--offline", "-p", "a fox", "-o", "out")
+    done.fails(69, f"offline, and not in the cache {tmp_path / 'cache'}", told)
+
+
 # Settings of a release
 
 
-def advice(caplog, name: str, sample: SampleConfig) -> list[str]:
-    caplog.clear()
-    advise(next(family for family in FAMILIES if family.name == name), sample)
-    return [record.getMessage() for record in caplog.records]
+def test_the_release_is_the_one_that_was_named(caplog):
+    style, plain = find_family("self-forcing-style"), find_family("self-forcing")
+    assert choose_family("", style) is style
+    assert choose_family("causvid", style).recipe.steps == (1000, 757, 522)
+    assert caplog.text == ""
+    assert choose_family("causvid", plain).name == "causvid"
+    assert "taken for causvid, as model.release says; it looks like self-forcing" in caplog.text
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_settings_that_belong_to_a_release_are_a_line_to_paste(caplog, family):
-    lines = [told.partition("give them with: ")[2] for told in advice(caplog, family.name, SampleConfig())]
-    words = [word for line in lines for word in shlex.split(line) if word != "--set"]
-    sample = load_config("wan2.1", overrides=words).sample
-    wanted = (list(family.steps), list(family.first_steps), family.warp, family.shift)
-    assert (sample.steps, sample.first_steps, sample.warp, sample.shift) == wanted
-    assert [told for told in advice(caplog, family.name, sample) if "give them with" in told] == []
-    assert len(lines) == bool(words) + bool(family.note)
+def test_a_release_that_is_not_known_names_the_nearest(command):
+    line = ("generate", "-m", "wan2.1", "-p", "a fox", "--set")
+    command(*line, "model.release=causvit").fails(2, "model.release: unknown 'causvit' (did you mean 'causvid'?)")
+    command("generate", "-p", "red", "--set", "model.release=causvid").fails(2, "the model is of no release")
 
 
-def test_settings_that_somebody_gave_are_left_alone(caplog):
-    assert len(advice(caplog, "causvid", SampleConfig())) == 1
-    assert advice(caplog, "causvid", SampleConfig(shift=7.0)) == []
+def test_a_configuration_says_what_is_left_to_the_release(command):
+    told = command("generate", "-m", "wan2.1", "--set", "model.release=causvid", "--print-config").out
+    assert "as causvid has it" in told
+    assert "steps: [1000, 757, 522], first_steps: [], warp: false, shift: 8.0, chunk: 3" in told
+    assert yaml.safe_load(told)["sample"]["steps"] is None
+    told = command("generate", "--set", "sample.shift=3", "--print-config").out
+    assert "steps: [1000, 750, 500, 250], first_steps: [], warp: true, shift: 5.0, chunk: 3" in told
+    assert yaml.safe_load(told)["sample"]["shift"] == 3.0
 
 
 # Videos
@@ -153,3 +193,93 @@ def test_a_checkpoint_becomes_a_video_of_the_exact_length(command, base, tmp_pat
     assert (told["model"]["name"], told["model"]["checkpoint"], told["frames"]) == ("wan2.1", name, 21)
     assert len(list((tmp_path / "texts").iterdir())) == 1
     assert f"hforce: {'self-forcing' if name.endswith('.pt') else 'wan2.1'}" in done.err
+
+
+def test_a_release_that_was_named_brings_its_settings_but_those_given(command, base, tmp_path):
+    FORMATS["bare.safetensors"](tmp_path / "student.safetensors")
+    options = ["-d", "1s", "--size", "32x48", "--set", "cache.roles=uniform", "--set", f"model.base={base}"]
+    options += ["--set", "model.release=causal-forcing-2step", "--set", "sample.shift=3", "--policy", "window"]
+    done = command("generate", "-v", "-m", "student.safetensors", *options, "-p", "a red fox", "-o", "a.mp4")
+    assert done.code == 0, done.err
+    assert "streaming as causal-forcing-2step" in done.err
+    told = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert told["release"] == {"name": "causal-forcing-2step", "window": 0, "sink": 0}
+    wanted = {"steps": [1000, 500], "first_steps": [1000, 750, 500, 250], "warp": True, "shift": 3.0, "chunk": 1}
+    assert {name: told["sample"][name] for name in wanted} == wanted
+    assert (told["chunks"], told["frames"], told["size"]) == (5, 17, [32, 48])
+
+
+def test_a_model_of_the_hub_is_kept_with_its_commit_in_the_sidecar(command, base, hub, tmp_path):
+    write(STATE, hub / "w.safetensors")
+    line = ["--offline", "-d", "1s", "--size", "32x32", "--set", "cache.roles=uniform", "--set", f"model.base={base}"]
+    done = command("generate", "-m", "org/name:w.safetensors", *line, "-p", "a red fox", "-o", "a.mp4")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert told["model"]["checkpoint"] == f"org/name@{COMMIT}:w.safetensors"
+    again = command("generate", "-m", told["model"]["checkpoint"], *line, "-p", "a red fox", "-o", "a.mp4")
+    assert "was there already" in again.err
+@pytest.fixture
+def wan(command, base, tmp_path):
+    """`hforce generate` on the small model: a second, in one denoising step."""
+    write(STATE, tmp_path / "bare.safetensors")
+    own = ["-m", "bare.safetensors", "-d", "1s", "--set", "sample.steps=[1000]", "--set", "model.texts=texts"]
+    own += ["--roles", "uniform", "-p", "a red fox", "-q"]
+    return lambda *rest: command("generate", *own, "--set", f"model.base={base}", *rest)
+
+
+def release_with_taew(base: Path, folder: Path, name: str) -> Path:
+    """The same release with a small TAEHV in it."""
+    recorded = load_file(Path(__file__).parent / "data" / "golden" / "taehv_tiny.safetensors")
+    shutil.copytree(base, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    state = {key.removeprefix("w."): value for key, value in recorded.items() if key.startswith("w.")}
+    (torch.save if name.endswith(".pth") else save_file)(state, folder / name)
+    return folder
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", ["taew2_1.pth", "vae/taew2_1.safetensors"])
+def test_the_tiny_autoencoder_is_asked_for_by_a_word(wan, base, tmp_path, name):
+    release = release_with_taew(base, tmp_path / "release", name)
+    options = ("--size", "32x32", "--set", "model.base=release")
+    for vae, output in (("", "own.mp4"), ("tiny", "word.mp4"), (release / name, "path.mp4")):
+        done = wan(*options, "--vae", vae, "-o", output)
+        assert done.code == 0, done.err
+    own, word, path = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("own", "word", "path"))
+    assert word == path != own
+
+
+def test_a_tiny_autoencoder_that_is_not_there_is_told_with_its_origin(wan, base):
+    done = wan("--vae", "tiny", "-o", "a.mp4")
+    done.fails(66, f"no tiny autoencoder in {base}", "vae/taew2_1.pth", "madebyollin/taehv", "--vae FILE")
+    wan("--vae", "gone.pth", "-o", "a.mp4").fails(66, "there is no file or folder gone.pth")
+
+
+def test_the_tiny_model_takes_no_other_autoencoder(command):
+    command("generate", "-p", "red", "--vae", "tiny").fails(2, "the tiny model takes no model.vae")
+    command("profile", "--vae", "tiny").fails(2, "the tiny model takes no model.vae")
+
+
+@pytest.mark.parametrize("vae", ["", "tiny"])
+@pytest.mark.parametrize("size", [(64, 48), (48, 64)])
+def test_a_wan_model_starts_from_a_picture_and_goes_on_from_a_video(wan, base, tmp_path, vae, size):
+    release_with_taew(base, tmp_path / "release", "taew2_1.pth")
+    picture = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    shape = ("--size", f"{size[0]}x{size[1]}", "--set", "model.base=release", "--vae", vae)
+    assert wan(*shape, "--init-image", "first.png", "-o", "a.mp4").code == 0
+    codec = load_codec(tmp_path / "release" / ("taew2_1.pth" if vae else "Wan2.1_VAE.pth"), torch.float32, "cpu")
+    video = torch.from_numpy(picture).permute(2, 0, 1)[None, None] / 255
+    expected = codec.decoder()(codec.encode(video))[0].permute(1, 2, 0).numpy() * 255
+    made = frames_of(tmp_path / "a.mp4")
+    assert made.shape == (25, size[1], size[0], 3)
+    with Image.open(tmp_path / "a.png") as sheet:  # its first picture, without a loss
+        shown = np.asarray(sheet)[6 : 6 + size[1], 6 : 6 + size[0]]
+    assert np.array_equal(shown, np.rint(expected))
+    assert wan(*shape, "--init-video", "a.mp4", "-d", "2s", "-o", "b.mp4").code == 0
+    assert frames_of(tmp_path / "b.mp4").shape == (37, size[1], size[0], 3)
+    assert json.loads((tmp_path / "b.mp4.json").read_text())["init"]["latents"] == 7

@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import copy
-import gc
-import os
-import platform
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import hforce
-from hforce.bench_report import EARLY, FEWEST, LATE, BenchResult, Sample, Trial, choose_reference, make_rows
-from hforce.bench_report import plot as plot
-from hforce.bench_report import table as table
+from hforce.bench_plot import plot as plot
+from hforce.bench_report import (
+    EARLY,
+    FEWEST,
+    LATE,
+    BenchResult,
+    Sample,
+    Trial,
+    choose_reference,
+    make_rows,
+    mean_sample,
+    steady,
+)
 from hforce.bench_report import to_json as to_json
-from hforce.build import Plan, build_backbone, build_plan, build_roles, build_script, build_stream
+from hforce.bench_table import table as table
+from hforce.build import Plan, build_bench_backbone, build_plan, build_roles, build_script, build_stream, effective
+from hforce.cache.eager import EagerWindow
 from hforce.cache.roles import head_order
-from hforce.config import SETUPS, Config, with_setup
+from hforce.config import with_setup
 from hforce.errors import ConfigError, HforceError
-from hforce.generate import decoded
-from hforce.models.base import Backbone
+from hforce.generate import decoded, to_bytes
+from hforce.machine import (
+    Clock,
+    Stopwatch,
+    device_clock,
+    device_of,
+    environment,
+    paused_collector,
+    resident_bytes,
+    weight_type,
+)
+from hforce.models.base import Backbone, Codec, Decoder
 from hforce.plots import check_plot as check_plot
 from hforce.prompts import Item, Shot, load_prompts
 from hforce.resources import resource
+from hforce.roofline import (
+    ATTENTION,
+    DECODER,
+    OTHERS,
+    Ceiling,
+    Stage,
+    chunk_stages,
+    decoder_work,
+    measure_ceiling,
+    pass_work,
+)
 from hforce.rules import nearest
+from hforce.settings import EAGER, SETUPS, Config
 from hforce.stream import Chunk, Stream, Take
 from hforce.toy.metrics import drift, read_frames
 from hforce.toy.words import Prompt, parse
@@ -44,10 +70,10 @@ JUDGED = "tiny"  # the model whose world is known well enough to judge its video
 # Drift is read off the first and the last five seconds. The judge looks a little further: a motion shows in the 64
 # frames around a second, and an object may rightly be out of sight for five.
 HEAD_SECONDS, TAIL_SECONDS = 7, 10
+NO_CODECS: Mapping[str, Codec] = MappingProxyType({})
 SETTLED = 20  # chunks after which the process should not grow any more
 
 Decoded = tuple[Chunk, NDArray[np.uint8], dict[str, float]]
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -109,6 +135,7 @@ class Entrant:
     course: Course
     edges: Edges | None
     clock: Clock
+    beside: Mapping[str, Codec]  # whose decoders are timed as well, by name
     samples: list[Sample] = field(default_factory=list)
     opening: int | None = None  # bytes a stream keeps after its first chunk
     done: int = 0  # video frames
@@ -116,28 +143,44 @@ class Entrant:
 
     def __post_init__(self) -> None:
         self._player: Iterator[Decoded] = iter(())
+        self._decoders: dict[str, Decoder] = {}
+        self._watch = Stopwatch(device_of(self.backbone))
+        self.stream.attend = self._watch.around(self.stream.cache.attend)
 
     def open(self, device: torch.device) -> None:
         """Makes the first chunk, untimed, so that all is warm, and weighs what stays; then goes back to the start."""
         self._player = self._play()
         weighed = weigh(self._next, device)
         self.opening = weighed.left if weighed else None
+        self.stream.cache.reset()  # playing does so, too, but only once the first chunk is asked for
         self._player = self._play()
 
     def advance(self) -> Chunk:
         """Makes and times the next chunk."""
+        frames_read = self.stream.cache.stats().next_frames
+        self._watch.restart()
         begin = self.clock()
         chunk, frames, seconds = self._next()
         whole = self.clock() - begin
         stages = (seconds["denoise"], seconds["commit"], seconds["decode"])
-        self.samples.append(Sample(chunk.number, len(frames), *stages, whole))
+        watched = self._watch.read(), frames_read, self._decode_beside(chunk)
+        self.samples.append(Sample(chunk.number, len(frames), *stages, whole, *watched))
         self._look(frames)
         return chunk
+
+    def _decode_beside(self, chunk: Chunk) -> dict[str, float]:
+        """Seconds that every other decoder takes to make the video frames of a chunk, by its name."""
+        seconds = {}
+        for name, decoder in self._decoders.items():
+            begin = self.clock()
+            to_bytes(decoder(chunk.latents))
+            seconds[name] = self.clock() - begin
+        return seconds
 
     def again(self) -> Entrant:
         """The same setup with a cache of its own, from the start to chunk number EARLY, untimed."""
         stream = replace(self.stream, cache=copy.deepcopy(self.stream.cache))
-        young = replace(self, stream=stream, edges=None, samples=[], done=0)
+        young = replace(self, stream=stream, edges=None, samples=[], done=0, beside={})
         young._player = young._play()
         for _ in range(EARLY):
             young._next()
@@ -162,6 +205,7 @@ class Entrant:
         )
 
     def _play(self) -> Iterator[Decoded]:
+        self._decoders = {name: codec.decoder() for name, codec in self.beside.items()}
         return decoded(self.stream, self.course.script, self.backbone)
 
     def _next(self) -> Decoded:
@@ -199,20 +243,25 @@ def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
 
     Raises ConfigError for an unknown or repeated setup and for a video too short to time, and whatever stops a stream.
     """
-    configs = choose_setups(config)
+    configs = choose_setups(config, (*SETUPS, EAGER))
+    backbone, beside = build_bench_backbone(config)
     items = load_prompts(config.bench.prompts or resource("prompts/bench.txt"))
-    backbone = build_backbone(config)
     courses = [plan_course(config, backbone, item) for item in items]
     backbones = share_backbones(configs, backbone)
     count = Tally(tell, sum(course.plan.total for course in courses) * len(configs))
     races = []
     for course in courses:
-        with paused_collector():  # nothing here keeps the entrants: their caches go before the next ones come
-            races.append(race([enter(name, configs[name], backbones[name], course) for name in configs], count))
+        with paused_collector():
+            entrants = [enter(name, configs[name], backbones[name], course, beside) for name in configs]
+            races.append(race(entrants, count))
+            del entrants  # their caches go before the next ones come
     trials = {name: tuple(finished[name] for finished, _ in races) for name in configs}
+    ceiling = measure_ceiling(device_of(backbone), weight_type(backbone), device_clock(device_of(backbone)))
     return BenchResult(
-        rows=make_rows(trials, config.bench.warmup),
+        rows=make_rows(trials, config.bench.warmup, backbone.codec.name),
         trials=trials,
+        stages=find_stages(config, backbone, trials, ceiling),
+        ceiling=ceiling,
         warmup=config.bench.warmup,
         reference=choose_reference(list(configs)),
         resident_growth_bytes=max((grown for _, grown in races if grown is not None), default=None),
@@ -221,15 +270,15 @@ def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
     )
 
 
-def choose_setups(config: Config) -> dict[str, Config]:
+def choose_setups(config: Config, known: Collection[str] = SETUPS) -> dict[str, Config]:
     """A configuration for every setup to compare. Raises ConfigError where one is unknown, named twice, or none is."""
     names = config.bench.setups
     for name in names:
-        if name not in SETUPS:
-            raise ConfigError(f"unknown setup {name!r}{nearest(name, SETUPS)}", f"known are {', '.join(SETUPS)}")
+        if name not in known:
+            raise ConfigError(f"unknown setup {name!r}{nearest(name, known)}", f"known are {', '.join(known)}")
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"bench.setups names {', '.join(names) or 'nothing'}", "name at least one, and each once")
-    return {name: with_setup(config, name) for name in names}
+    return {name: with_setup(config, "window" if name == EAGER else name) for name in names}
 
 
 def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
@@ -263,13 +312,33 @@ def share_backbones(configs: Mapping[str, Config], backbone: Backbone) -> dict[s
     return chosen
 
 
-def enter(setup: str, config: Config, backbone: Backbone, course: Course) -> Entrant:
+def enter(
+    setup: str, config: Config, backbone: Backbone, course: Course, beside: Mapping[str, Codec] = NO_CODECS
+) -> Entrant:
     """A setup at the start of a course, with a cache of its own."""
     stream = build_stream(config, backbone, course.plan.total, course.seed)
+    if setup == EAGER:
+        stream.cache = EagerWindow(backbone.geometry, weight_type(backbone), str(device_of(backbone)))
     clock = stream.clock = device_clock(device_of(backbone))
-    judged = backbone.name == JUDGED and backbone.size == (PIXELS, PIXELS)
+    judged = backbone.name == JUDGED and not backbone.is_random and backbone.size == (PIXELS, PIXELS)
     edges = Edges(course.plan.frames, find_schedule(course.shots, course.plan, backbone)) if judged else None
-    return Entrant(setup, stream, backbone, course, edges, clock)
+    return Entrant(setup, stream, backbone, course, edges, clock, beside)
+
+
+def find_stages(
+    config: Config, backbone: Backbone, trials: Mapping[str, Sequence[Trial]], ceiling: Ceiling
+) -> dict[str, dict[str, Stage]]:
+    """Of every setup, the stages of a mean steady chunk: their work, and how near the ceiling they come."""
+    geometry, itemsize = backbone.geometry, weight_type(backbone).itemsize
+    decoding = decoder_work(backbone.codec, backbone.shape, geometry.chunk, itemsize)
+    passes = len(effective(config.sample, backbone.family).steps) + 1
+    found = {}
+    for name, own in trials.items():
+        mean = mean_sample([sample for trial in own for sample in steady(trial, config.bench.warmup)])
+        work = pass_work(backbone.model.config, geometry, mean.frames_read, itemsize)
+        seconds = {ATTENTION: mean.attend, OTHERS: mean.denoise + mean.commit - mean.attend, DECODER: mean.decode}
+        found[name] = chunk_stages(work, decoding, seconds, passes, ceiling)
+    return found
 
 
 def find_schedule(shots: Sequence[Shot], plan: Plan, backbone: Backbone) -> list[tuple[int, Prompt]]:
@@ -320,72 +389,3 @@ def take_turns(entrants: Sequence[Entrant], rounds: int) -> Iterator[tuple[Entra
     for number in range(rounds):
         for entrant in entrants if number % 2 == 0 else reversed(entrants):
             yield entrant, entrant.advance()
-
-
-@contextmanager
-def paused_collector() -> Iterator[None]:
-    """Keeps Python's garbage collector from running in between."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def device_of(backbone: Backbone) -> torch.device:
-    """Where the transformer is."""
-    return backbone.model.patch_embedding.weight.device
-
-
-def device_clock(device: torch.device) -> Clock:
-    """Seconds, read when all work queued on the device is done."""
-    if device.type == "cpu":
-        return time.perf_counter
-
-    def clock() -> float:
-        torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM; None on systems without /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
-def environment(backbone: Backbone) -> dict[str, Any]:
-    """Where and on what a bench ran."""
-    device = device_of(backbone)
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "hforce": hforce.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(backbone.model.patch_embedding.weight.dtype).removeprefix("torch."),
-        "model": backbone.name,
-        "size": list(backbone.size),
-        "fingerprint": backbone.fingerprint,
-    }
-
-
-def cpu_name() -> str:
-    """The processor as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

@@ -1,55 +1,44 @@
-"""What a bench found: rows out of raw samples, and the table, the JSON and the picture of them."""
+"""What a bench found: rows out of raw samples, and the JSON of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
-from hforce.plots import check_plot, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from hforce.roofline import Ceiling, Stage
 
 KIND = "hforce.bench/1"
 REFERENCE = "window"  # the setup that others are compared with, where it takes part
 EARLY, LATE = 10, 10  # `growth` is the last LATE chunks of a run over as many of a young one, from number EARLY on
 FEWEST = 30  # chunks of a run from which growth is told: the two stretches and as many between them
-FEWEST_STEADY = 10  # chunks with full windows from which their percentiles say something
-SHOWN_DRIFT = ("one_object", "motion_right", "ground_error")  # what plain caches lose first
-PLOTTED_DRIFT = (
-    "color_right", "shape_right", "ground_right", "pattern_right", "motion_right", "one_object", "mark_kept"
-)  # fmt: skip
-SMOOTH = 9  # chunks of the running median in the picture
-MB = 1e6
-LARGE = 999.95  # from here the table rounds to whole numbers
-DPI = 130
-# Okabe and Ito: apart for all kinds of colour vision, and as many as there are setups.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#22262B")
-LEAST_SCALE = 0.1  # of the axis of drift, so that next to nothing looks like it
+FEWEST_STEADY = 10  # chunks with full windows from which they are told of alone
+PERCENTILES = (50, 95, 99)  # of the times of chunks
 
 DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "timing": "setups take turns chunk by chunk in one process, every second round in reverse, on the same script and "
     "seed, after one untimed chunk each; the first bench.warmup chunks count nowhere but in first_frame_ms, the last "
     "chunk is weighed instead of timed; with several prompts times and speeds are the median over them, bytes the most",
+    "steady": "speeds and times are of steady chunks alone: from number max(bench.warmup, span / chunk) on, when "
+    "windows are full; of all timed chunks where fewer than ten would be left",
+    "steady_chunks": "how many those are, over all prompts; 30 or more tell percentiles",
     "frames_read": "latent frames a head reads once its cache is full, the chunk included; mean over heads",
     "denoise_fps": "D: video frames / seconds of denoising and of the clean pass that commits the chunk to the cache; "
     "a chunk is 12 video frames, the first one 9",
     "denoise_only_fps": "D-: the same without the clean pass",
-    "e2e_fps": "E2E: video frames / wall time, with prompts, cache, decoding and conversion to bytes; without encoding",
+    "e2e_fps": "E2E: video frames / wall time, with prompts, cache, decoding and conversion to bytes, without "
+    "encoding; with the decoder that environment.decoder names",
+    "decoders": "for every decoder its median ms a chunk, and e2e_fps with it: each decodes the same chunks in turn",
     "speed": "denoise_fps over that of the other setup in the same prompt, by the other's name",
-    "chunk_ms": "wall time of a chunk as in e2e_fps, of chunks from number max(bench.warmup, span / chunk) on, when "
-    "windows are full; of all timed chunks where fewer than ten would be left",
-    "first_frame_ms": "wall time from the prompt's text to the bytes of the first chunk, in a warm process",
+    "chunk_ms": "wall time of a chunk as in e2e_fps: median, 95th and 99th percentile",
+    "jitter": "p99 / p50 of chunk_ms",
+    "first_frame_ms": "wall time from the prompt's text to the bytes of the first chunk, in a warm process; with "
+    "random weights the prompt's embedding is drawn and not encoded",
     "kv_bytes": "keys and values of the past and of the chunk, as allocated",
     "peak_bytes": "weights of transformer and codec + kv_bytes + what else a stream holds after its first chunk + the "
     "most bytes of new tensors alive at once in the last chunk; without text encoder; null where it cannot be told",
@@ -58,6 +47,10 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "spread": "largest minus smallest denoise_fps over prompts / its median",
     "resident_growth_bytes": "resident memory of the process at the end minus that after chunk 20, all setups "
     "together, largest over prompts; `full` fills memory that was reserved before",
+    "roofline": "of a mean steady chunk: operations of matrix products and convolutions, bytes that at least must "
+    "move, seconds taken, and the share of the ceiling: the least time for the parts, each as slow as the slower of "
+    "arithmetic and memory, over the time taken. The ceiling is measured in the same process: a large matrix product "
+    "and a large copy. self-attention includes turning keys and queries and writing them to the cache",
     "drift": "judge of the tiny world: mean of the last five seconds minus that of the first five, mean over prompts "
     "of a single shot; *_right, *_kept and one_object are fractions of frames, ground_error and residual rms 0..1",
 })
@@ -65,7 +58,11 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed chunk: its number, the video frames it became, and seconds by stage; `whole` is the wall time."""
+    """One timed chunk: its number, the video frames it became, and seconds by stage; `whole` is the wall time.
+
+    attend: seconds of self-attention, part of denoise and commit; frames_read: latent frames a head read in the mean;
+    beside: seconds that other decoders took for the same chunk, by name, which are not in `whole`.
+    """
 
     number: int
     frames: int
@@ -73,6 +70,9 @@ class Sample:
     commit: float
     decode: float
     whole: float
+    attend: float
+    frames_read: float
+    beside: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,11 @@ class Row:
     denoise_fps: float
     denoise_only_fps: float
     e2e_fps: float
+    decoders: dict[str, dict[str, float]]
+    steady_chunks: int
     speed: dict[str, float]
     chunk_ms: dict[str, float]
+    jitter: float
     first_frame_ms: float
     kv_bytes: int
     peak_bytes: int | None
@@ -120,6 +123,8 @@ class BenchResult:
 
     rows: tuple[Row, ...]
     trials: Mapping[str, Sequence[Trial]]
+    stages: Mapping[str, Mapping[str, Stage]]
+    ceiling: Ceiling
     warmup: int
     reference: str
     resident_growth_bytes: int | None
@@ -127,10 +132,28 @@ class BenchResult:
     config: Mapping[str, Any]
 
 
-def make_rows(trials: Mapping[str, Sequence[Trial]], warmup: int) -> tuple[Row, ...]:
-    """A row for every setup, from its trials; those of different setups are paired by prompt."""
-    speeds = {name: [_denoise_fps(_timed(trial, warmup)) for trial in own] for name, own in trials.items()}
-    return tuple(_row(name, own, warmup, speeds) for name, own in trials.items())
+def make_rows(trials: Mapping[str, Sequence[Trial]], warmup: int, decoder: str) -> tuple[Row, ...]:
+    """A row for every setup, from its trials; those of different setups are paired by prompt.
+
+    decoder: the name of the one that they were made with.
+    """
+    runs = {name: [steady(trial, warmup) for trial in own] for name, own in trials.items()}
+    speeds = {name: [_denoise_fps(run) for run in own] for name, own in runs.items()}
+    return tuple(_row(name, own, runs[name], decoder, speeds) for name, own in trials.items())
+
+
+def steady(trial: Trial, warmup: int) -> Sequence[Sample]:
+    """The chunks with full windows, or all but the first `warmup` if those are too few to speak of."""
+    timed = trial.samples[warmup:]
+    full = [sample for sample in timed if sample.number >= trial.steady]
+    return full if len(full) >= FEWEST_STEADY else timed
+
+
+def mean_sample(samples: Sequence[Sample]) -> Sample:
+    """The mean of every number of the samples, but for the decoders beside; it has the number of the first."""
+    names = ("denoise", "commit", "decode", "whole", "attend", "frames_read")
+    means = {name: sum(getattr(sample, name) for sample in samples) / len(samples) for name in names}
+    return replace(samples[0], **means, beside={})
 
 
 def choose_reference(setups: Sequence[str]) -> str:
@@ -138,10 +161,17 @@ def choose_reference(setups: Sequence[str]) -> str:
     return REFERENCE if REFERENCE in setups else setups[0]
 
 
-def _row(name: str, trials: Sequence[Trial], warmup: int, speeds: Mapping[str, Sequence[float]]) -> Row:
-    runs = [_timed(trial, warmup) for trial in trials]
+def _row(
+    name: str,
+    trials: Sequence[Trial],
+    runs: Sequence[Sequence[Sample]],
+    decoder: str,
+    speeds: Mapping[str, Sequence[float]],
+) -> Row:
     own = speeds[name]
-    steady = [_steady_ms(run, trial.steady) for run, trial in zip(runs, trials, strict=True)]
+    chunk_ms = {
+        f"p{p}": median(float(np.percentile([1e3 * s.whole for s in run], p)) for run in runs) for p in PERCENTILES
+    }
     grown = [growth for trial in trials if (growth := _growth(trial)) is not None]
     peaks = [trial.peak_bytes for trial in trials if trial.peak_bytes is not None]
     return Row(
@@ -150,8 +180,11 @@ def _row(name: str, trials: Sequence[Trial], warmup: int, speeds: Mapping[str, S
         denoise_fps=median(own),
         denoise_only_fps=median(_fps(run, lambda s: s.denoise) for run in runs),
         e2e_fps=median(_fps(run, lambda s: s.whole) for run in runs),
+        decoders=_decoders(runs, decoder),
+        steady_chunks=sum(map(len, runs)),
         speed={other: median(a / b for a, b in zip(own, theirs, strict=True)) for other, theirs in speeds.items()},
-        chunk_ms={f"p{p}": median(float(np.percentile(ms, p)) for ms in steady) for p in (50, 90)},
+        chunk_ms=chunk_ms,
+        jitter=chunk_ms["p99"] / chunk_ms["p50"],
         first_frame_ms=1e3 * median(trial.first_frame for trial in trials),
         kv_bytes=max(trial.kv_bytes for trial in trials),
         peak_bytes=max(peaks, default=None),
@@ -161,8 +194,17 @@ def _row(name: str, trials: Sequence[Trial], warmup: int, speeds: Mapping[str, S
     )
 
 
-def _timed(trial: Trial, warmup: int) -> Sequence[Sample]:
-    return trial.samples[warmup:]
+def _decoders(runs: Sequence[Sequence[Sample]], own: str) -> dict[str, dict[str, float]]:
+    """By decoder, its median ms a chunk, and the frames a second end to end with it."""
+
+    def measured(name: str) -> dict[str, float]:
+        def taken(sample: Sample) -> float:
+            return sample.decode if name == own else sample.beside[name]
+
+        speeds = [_fps(run, lambda s: s.whole - s.decode + taken(s)) for run in runs]
+        return {"ms": median(1e3 * taken(s) for run in runs for s in run), "e2e_fps": median(speeds)}
+
+    return {name: measured(name) for name in (own, *runs[0][0].beside)}
 
 
 def _fps(samples: Sequence[Sample], seconds: Callable[[Sample], float]) -> float:
@@ -171,12 +213,6 @@ def _fps(samples: Sequence[Sample], seconds: Callable[[Sample], float]) -> float
 
 def _denoise_fps(samples: Sequence[Sample]) -> float:
     return _fps(samples, lambda s: s.denoise + s.commit)
-
-
-def _steady_ms(samples: Sequence[Sample], steady: int) -> list[float]:
-    """Wall times of the chunks with full windows, or of all if those are too few to speak of."""
-    times = [1e3 * s.whole for s in samples if s.number >= steady]
-    return times if len(times) >= FEWEST_STEADY else [1e3 * s.whole for s in samples]
 
 
 def _growth(trial: Trial) -> float | None:
@@ -194,54 +230,6 @@ def _mean_drift(drifts: Sequence[Mapping[str, float]]) -> dict[str, float | None
     return {name: sum(values) / len(values) if values else None for name, values in known.items()}
 
 
-def table(result: BenchResult) -> Table:
-    """The rows as a table of at most 120 columns; speed is against the reference, drift as far as it is measured."""
-    judged = any(row.drift for row in result.rows)
-    caption = Text(_caption(result))
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
-    shown.add_column("setup", no_wrap=True)
-    drifts = ["Δ" + name.replace("_", "\n") for name in SHOWN_DRIFT] if judged else []
-    for head in ("frames\nread", "D\nFPS", "E2E\nFPS", f"speed vs\n{result.reference}", "p50\nms", "p90\nms",
-                 "first\nms", "KV\nMB", "peak\nMB", "growth", *drifts):
-        shown.add_column(head, justify="right", no_wrap=True)
-    for row in result.rows:
-        peak = None if row.peak_bytes is None else row.peak_bytes / MB
-        numbers = [row.frames_read, row.denoise_fps, row.e2e_fps, row.speed[result.reference], row.chunk_ms["p50"],
-                   row.chunk_ms["p90"], row.first_frame_ms, row.kv_bytes / MB, peak, row.growth]
-        forms = ["", "", "", ".2f", "", "", "", "", "", ".2f"]
-        told = [_told(value, form) for value, form in zip(numbers, forms, strict=True)]
-        drift = [_told((row.drift or {}).get(name), "+.3f") for name in SHOWN_DRIFT] if judged else []
-        shown.add_row(row.setup, *told, *drift)
-    return shown
-
-
-def _told(value: float | None, form: str) -> str:
-    """A number for the table; without a form with one decimal, or none where it is large."""
-    if value is None:
-        return "–"
-    return format(value, form or (".1f" if abs(value) < LARGE else ".0f"))
-
-
-def _caption(result: BenchResult) -> str:
-    place, bench = result.environment, result.config["bench"]
-    prompts = len(result.trials[result.reference])
-    noise = max(row.spread for row in result.rows)
-    lines = [
-        f"{bench['seconds']:g} s of video, {prompts} prompt{'s' * (prompts > 1)}, seed {bench['seed']}, "
-        f"{place['device']}, {place['dtype']}, {place['threads']} thread{'s' * (place['threads'] != 1)}",
-        "D: denoising and clean pass. E2E: with decoding to bytes, without encoding. "
-        f"First {result.warmup} chunks not counted.",
-    ]
-    if any(row.drift for row in result.rows):
-        lines.append("Δ: last five seconds minus the first five, as fractions of frames, ground error as rms 0..1.")
-    if prompts > 1:
-        lines.append(f"D of one setup differs by up to {noise:.0%} from prompt to prompt.")
-    if result.resident_growth_bytes is not None:
-        grown = result.resident_growth_bytes / MB
-        lines.append(f"The process grew by {grown:.1f} MB from chunk 20 to the end, all setups together.")
-    return "\n".join(lines)
-
-
 def to_json(result: BenchResult) -> str:
     """The document `hforce.bench/1`: environment, config, definitions, a row a setup, and the raw samples in ms."""
     document = {
@@ -251,14 +239,23 @@ def to_json(result: BenchResult) -> str:
         "definitions": dict(DEFINITIONS),
         "reference": result.reference,
         "resident_growth_bytes": result.resident_growth_bytes,
+        "ceiling": asdict(result.ceiling),
+        "roofline": {
+            setup: {name: _measured(stage) for name, stage in stages.items()} for setup, stages in result.stages.items()
+        },
         "rows": [asdict(row) for row in result.rows],
         "samples": {name: [_raw(trial) for trial in trials] for name, trials in result.trials.items()},
     }
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
+def _measured(stage: Stage) -> dict[str, float]:
+    return {**asdict(stage), "flops_per_second": stage.flops_per_second, "share": stage.share}
+
+
 def _raw(trial: Trial) -> dict[str, Any]:
-    stages = {"denoise_ms": "denoise", "commit_ms": "commit", "decode_ms": "decode", "chunk_ms": "whole"}
+    stages = {"denoise_ms": "denoise", "commit_ms": "commit", "attention_ms": "attend", "decode_ms": "decode"}
+    stages["chunk_ms"] = "whole"
     columns = {key: [round(1e3 * getattr(s, stage), 4) for s in trial.samples] for key, stage in stages.items()}
     return {
         "prompt": trial.prompt,
@@ -268,96 +265,8 @@ def _raw(trial: Trial) -> dict[str, Any]:
         "peak_bytes": trial.peak_bytes,
         "drift": _mean_drift([trial.drift]) if trial.drift is not None else None,
         "frames": [s.frames for s in trial.samples],
+        "frames_read": [s.frames_read for s in trial.samples],
         **columns,
+        "beside_ms": [{name: round(1e3 * t, 4) for name, t in s.beside.items()} for s in trial.samples],
         "young_chunk_ms": [round(1e3 * s.whole, 4) for s in trial.young],
     }
-
-
-def plot(result: BenchResult, path: Path) -> None:
-    """A PNG of chunk time over the video, frames a second and, where it is judged, drift.
-
-    Raises what `check_plot` raises, and OutputError or its kin when the file cannot be written.
-    """
-    check_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.5), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    times, speeds, *drifts = _panels(figure, any(row.drift for row in result.rows))
-    _draw_times(times, result)
-    _draw_speeds(speeds, result.rows)
-    for axes in drifts:
-        _draw_drift(axes, result.rows)
-    save_figure(figure, path)
-
-
-def _panels(figure: Any, judged: bool) -> list[Axes]:
-    """One wide panel above; below one, or two of which the second has more room."""
-    grid = figure.add_gridspec(2, 2, width_ratios=(2, 3))
-    wide = figure.add_subplot(grid[0, :])
-    places = [grid[1, 0], grid[1, 1]] if judged else [grid[1, :]]
-    return [wide, *(figure.add_subplot(place) for place in places)]
-
-
-def _draw_times(axes: Axes, result: BenchResult) -> None:
-    """Median over prompts of every chunk's time, thin, and a running median of it."""
-    fps = result.config["video"]["fps"]
-    tops = []
-    for number, row in enumerate(result.rows):
-        runs = [trial.samples for trial in result.trials[row.setup]]
-        length = min(map(len, runs))
-        times = 1e3 * np.median([[s.whole for s in run[:length]] for run in runs], axis=0)
-        seconds = np.cumsum([s.frames for s in runs[0][:length]]) / fps
-        color = COLORS[number % len(COLORS)]
-        axes.plot(seconds, times, color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(seconds, _running_median(times), color=color, linewidth=1.8, label=row.setup)
-        tops.append(np.percentile(times[result.warmup :], 99))
-    axes.set(xlabel="seconds of video", ylabel="ms a chunk", title="Time of a chunk", ylim=(0, 1.15 * max(tops)))
-    axes.legend(loc="upper left", ncols=len(result.rows), frameon=False)
-    _tidy(axes)
-
-
-def _running_median(values: Any) -> Any:
-    padded = np.pad(values, SMOOTH // 2, mode="edge")
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, SMOOTH), axis=-1)
-
-
-def _draw_speeds(axes: Axes, rows: Sequence[Row]) -> None:
-    _draw_bars(axes, [row.setup for row in rows], {
-        "D: denoising and clean pass": ([row.denoise_fps for row in rows], "0.35"),
-        "E2E: with decoding": ([row.e2e_fps for row in rows], "0.7"),
-    })
-    for container in axes.containers:
-        axes.bar_label(container, fmt="%.0f", fontsize=8)  # type: ignore[arg-type]
-    axes.set(ylabel="video frames a second", title="Speed")
-    axes.margins(y=0.25)
-
-
-def _draw_drift(axes: Axes, rows: Sequence[Row]) -> None:
-    series, top = {}, LEAST_SCALE
-    for row, color in zip(rows, COLORS, strict=False):
-        values = [(row.drift or {}).get(name) for name in PLOTTED_DRIFT]
-        series[row.setup] = ([np.nan if value is None else value for value in values], color)
-        top = max([top, *(abs(value) for value in values if value is not None)])
-    _draw_bars(axes, [name.replace("_", "\n") for name in PLOTTED_DRIFT], series)
-    axes.axhline(0, color="0.2", linewidth=0.8)
-    axes.set(ylabel="change of the share of frames", title="Drift: last five seconds minus first five")
-    axes.set_ylim(-1.15 * top, 1.15 * top)
-
-
-def _draw_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, tuple[Iterable[float], str]]) -> None:
-    """Bars side by side: a group for every name, in it a bar of every series (heights and colour)."""
-    width = 0.8 / len(series)
-    for number, (label, (heights, color)) in enumerate(series.items()):
-        spots = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * width
-        axes.bar(spots, list(heights), width, color=color, label=label)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)

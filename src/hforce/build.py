@@ -6,66 +6,83 @@ import json
 import logging
 import math
 import os
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from hforce import memory
+from hforce.attention.backends import check_backend, choose_backend, turns_queries
+from hforce.attention.timing import Layer
 from hforce.cache.heads import HeadCache
-from hforce.cache.policies import fits, make_policy
+from hforce.cache.policies import fits, make_policy, options_of
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
-from hforce.config import CacheConfig, Config, SampleConfig
-from hforce.errors import DataError, InputError
+from hforce.errors import ConfigError, DataError, InputError
 from hforce.geometry import Geometry
-from hforce.models.base import Backbone, Blueprint, Described, Source
-from hforce.models.families import Family
-from hforce.models.registry import open_model
+from hforce.models.base import Backbone, Blueprint, Codec, Described, Source
+from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
+from hforce.models.hub import pin, read_id, resolve
+from hforce.models.random_weights import DECODERS, random_backbone
+from hforce.models.registry import find_device, open_model
 from hforce.prompts import Shot
 from hforce.resources import resource
 from hforce.room import free_bytes
 from hforce.sampler import make_steps
+from hforce.settings import OWN, CacheConfig, Config, ModelConfig, SampleConfig
 from hforce.stream import Sampling, Stream, Switch, Take, seeded
 from hforce.units import parse_bytes, parse_size
 
 log = logging.getLogger(__name__)
 
+HUB_PARTS = ("checkpoint", "base", "lora", "vae")  # settings of a model that may be names on the hub
+SHARES: Mapping[HeadRole, float] = MappingProxyType({HeadRole.LOCAL: 0.15, HeadRole.ANCHOR: 0.25})
 ROUNDING = 1e-6  # video frames by which a length in seconds may miss the whole number it was made from
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A video cut into chunks: `chunks` per shot; `frames` video frames in all."""
+    """A video cut into chunks: `chunks` per shot after `given` latent frames, and `frames` video frames in all."""
 
     chunks: tuple[int, ...]
     frames: int
+    given: int = 0
 
     @property
     def total(self) -> int:
-        """Chunks in all."""
+        """Chunks to be made in all."""
         return sum(self.chunks)
+
+    def held(self, chunk: int) -> int:
+        """Chunks of so many latent frames that the past comes to in the end, what was given included."""
+        return self.total + math.ceil(self.given / chunk)
 
 
 def build_blueprint(config: Config) -> Blueprint:
-    """The model of a configuration, its weights not read.
+    """The model of a configuration, of the release named there, or else as it is recognised, with that one's chunk.
 
-    Sets the number of CPU threads, and warns of settings that do not suit the model.
+    Its weights are not read. Sets the number of CPU threads. Raises what `build_source`, `open_model` and
+    `choose_family` raise.
     """
     model = config.model
     set_threads(model.threads)
-    source = Source(model.checkpoint, model.base, model.lora, model.vae, model.texts)
+    source = build_source(model)
     size = parse_size(model.size) if model.size else None
     blueprint = open_model(model.name, source, size, model.device, model.dtype)
-    if blueprint.family:
-        advise(blueprint.family, config.sample)
-    return blueprint
+    family = choose_family(model.release, blueprint.family)
+    recipe = effective(config.sample, family)
+    if family:
+        log.info("streaming as %s: %s", family.name, json.dumps(asdict(recipe)))
+    if family and family.note:
+        log.warning("%s: %s", family.name, family.note)
+    return replace(blueprint, family=family, geometry=replace(blueprint.geometry, chunk=recipe.chunk))
 
 
 def build_backbone(config: Config) -> Backbone:
-    """The model of a configuration, its weights read."""
+    """The model of a configuration, its weights read. Raises what `build_blueprint` and `Blueprint.load` raise."""
     return build_blueprint(config).load()
 
 
@@ -77,35 +94,86 @@ def build_memory(config: Config, blueprint: Blueprint, chunks: int, switches: bo
     geometry, roles = blueprint.geometry, build_roles(config.cache, blueprint)
     lanes = {}
     for role in (role for role, count in roles.counts().items() if count):
-        policy = build_policy(config.cache, role, geometry, chunks)
+        policy = build_policy(config.cache, role, blueprint, chunks)
         heads = tuple(row.count(role) for row in roles.roles)
         lanes[role.value] = memory.Lane(heads, policy.capacity, policy.looks)
     width, height = blueprint.size
-    pixels = 3 * blueprint.stride * geometry.chunk * width * height
-    kind = torch.device(blueprint.device).type
     work = memory.Work(
-        blueprint.config, geometry, blueprint.dtype.itemsize, lanes, blueprint.needs, pixels, kind, switches
-    )
+        blueprint.config, geometry, blueprint.dtype.itemsize, lanes, blueprint.needs,
+        pixels=3 * blueprint.stride * geometry.chunk * width * height, here=torch.device(blueprint.device).type,
+        switches=switches, turns_keys=not turns_queries(config.cache.backend),
+    )  # fmt: skip
     limit = parse_bytes(config.model.memory_limit) if config.model.memory_limit else None
     available = limit if limit is not None else free_bytes(blueprint.device)
     return memory.choose(work, config.model.memory, available), available
 
 
-def advise(family: Family, sample: SampleConfig) -> None:
-    """Warns of what there is to know about a release, and of its own settings if they are others and none were given.
+def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
+    """The model that a bench runs, and the codecs whose decoders are timed beside its own, by name.
 
-    Nothing is changed: the settings of a run are those of its configuration.
+    Raises ConfigError for settings that do not go together, and what `build_backbone` or `random_backbone` raise.
     """
-    names = ("steps", "first_steps", "warp", "shift")
-    own = {name: getattr(family, name) for name in names}
-    own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-    usual = {name: getattr(SampleConfig(), name) for name in names}
-    if own != usual and all(getattr(sample, name) == usual[name] for name in names):
-        texts = [f"sample.{name}={json.dumps(own[name])}" for name in names if own[name] != usual[name]]
-        line = shlex.join(word for text in texts for word in ("--set", text.replace(" ", "")))
-        log.warning("the weights are of %s, but its own settings are not used; give them with: %s", family.name, line)
-    if family.note:
-        log.warning("%s: %s", family.name, family.note)
+    wanted = config.bench
+    if wanted.layers and not wanted.random_weights:
+        raise ConfigError("bench.layers takes layers away, and weights would mean nothing", "add --random-weights")
+    backbone = build_random_backbone(config) if wanted.random_weights else build_backbone(config)
+    codecs: dict[str, Codec] = {}
+    for name in wanted.decoders:
+        codec = backbone.codec if name == OWN else DECODERS[name](backbone.dtype, backbone.device)
+        if codec.channels != backbone.shape[0]:
+            message = f"decoder {name!r} reads latents of {codec.channels} channels, those of {backbone.name!r} have"
+            raise ConfigError(f"{message} {backbone.shape[0]}", f"set bench.decoders to [{OWN}]")
+        codecs.setdefault(codec.name, codec)
+    first = next(iter(codecs))
+    return replace(backbone, codec=codecs.pop(first)), codecs
+
+
+def build_random_backbone(config: Config) -> Backbone:
+    """A model of the shape of the one named, with random weights. Raises ConfigError where files are named, too."""
+    model = config.model
+    if given := [name for name in ("checkpoint", "base", "lora", "vae") if getattr(model, name)]:
+        raise ConfigError(f"model.{given[0]} and random weights exclude each other", "leave out one of them")
+    set_threads(model.threads)
+    size = parse_size(model.size) if model.size else None
+    backbone = random_backbone(model.name, size, find_device(model.device), model.dtype, config.bench.layers)
+    return replace(backbone, geometry=replace(backbone.geometry, chunk=effective(config.sample, None).chunk))
+
+
+def pin_model(model: ModelConfig) -> ModelConfig:
+    """The same with every name on the hub at the commit that it stands for now. Raises what `hub.pin` raises."""
+    pinned: dict[str, Any] = {part: pin(getattr(model, part), offline=model.offline) for part in HUB_PARTS[1:]}
+    checkpoint = pin(model.checkpoint, model.revision, model.offline)
+    return replace(model, checkpoint=checkpoint, revision="", **pinned)
+
+
+def build_source(model: ModelConfig) -> Source:
+    """Where the parts of a model lie, those on the hub fetched. Raises what `hub.pin` raises."""
+    pinned = pin_model(model)
+    names = {part: getattr(pinned, part) for part in HUB_PARTS}
+    places = {part: str(resolve(name, offline=True)) if read_id(name) else name for part, name in names.items()}
+    return Source(**places, texts=model.texts)
+
+
+def choose_family(release: str, recognised: Family | None) -> Family | None:
+    """The release that was named, or else what the weights were recognised as.
+
+    Raises ConfigError for a name given to a model that is of no release.
+    """
+    if not release:
+        return recognised
+    if not recognised:
+        raise ConfigError(f"model.release names {release}, but the model is of no release", "leave it out")
+    if recognised.name not in (release, find_family(release).taken_for):
+        log.warning("taken for %s, as model.release says; it looks like %s", release, recognised.name)
+    return find_family(release)
+
+
+def effective(sample: SampleConfig, family: Family | None) -> Recipe:
+    """How a model streams: as the configuration says; what is null there, as its release does, or Self-Forcing."""
+    own = family.recipe if family else SELF_FORCING
+    given = {name: value for name, value in vars(sample).items() if name in vars(own) and value is not None}
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(own, **plain)
 
 
 def set_threads(wanted: int) -> None:
@@ -134,16 +202,17 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
     return Stream(
         backbone.model,
         cache,
-        build_sampling(config.sample),
+        build_sampling(config.sample, backbone.family),
         backbone.shape,
         seeded(config.sample.seed if seed is None else seed),
         Switch(config.cache.switch, config.cache.recache_frames),
     )
 
 
-def build_sampling(sample: SampleConfig) -> Sampling:
-    """The denoising steps."""
-    steps, first = (make_steps(s, sample.shift, sample.warp) for s in (sample.steps, sample.first_steps))
+def build_sampling(sample: SampleConfig, family: Family | None = None) -> Sampling:
+    """The denoising steps of a model of this family."""
+    recipe = effective(sample, family)
+    steps, first = (make_steps(s, recipe.shift, recipe.warp) for s in (recipe.steps, recipe.first_steps))
     return Sampling(steps, first, commit_timestep=float(sample.context_noise))
 
 
@@ -152,12 +221,25 @@ def build_roles(cache: CacheConfig, backbone: Described) -> RoleMap:
     layers, heads = backbone.geometry.layers, backbone.geometry.heads
     if cache.roles == "uniform":
         return RoleMap.uniform(HeadRole.MEMORY, layers, heads)
-    profile = build_profile(cache, backbone)
+    known = drawn_roles(layers, heads) if backbone.is_random and not cache.profile else build_profile(cache, backbone)
     if cache.roles == "inverse":
-        return profile.inverse()
+        return known.inverse()
+    roles = known if isinstance(known, RoleMap) else known.role_map()
     if cache.roles.startswith("random:"):
-        return profile.role_map().shuffled(int(cache.roles.removeprefix("random:")))
-    return profile.role_map()
+        return roles.shuffled(int(cache.roles.removeprefix("random:")))
+    return roles
+
+
+def drawn_roles(layers: int, heads: int) -> RoleMap:
+    """Roles for a model of random weights, which has none to measure: the published shares at drawn places.
+
+    15 % local, 25 % anchor and 60 % memory heads (Head Forcing, arXiv 2605.14487), always drawn alike.
+    """
+    total = layers * heads
+    counts = {role: round(share * total) for role, share in SHARES.items()}
+    counts[HeadRole.MEMORY] = total - sum(counts.values())
+    roles = [role for role, count in counts.items() for _ in range(count)]
+    return RoleMap(tuple(tuple(roles[i : i + heads]) for i in range(0, total, heads))).shuffled(seed=0)
 
 
 def build_profile(cache: CacheConfig, backbone: Described) -> Profile:
@@ -178,57 +260,83 @@ def build_profile(cache: CacheConfig, backbone: Described) -> Profile:
 def check_cache(cache: CacheConfig, backbone: Described) -> None:
     """Finds out whether a cache can be built for this model, without building it.
 
-    Raises ConfigError for a policy that cannot be, InputError or DataError for the profile.
+    Raises ConfigError for a policy that cannot be, InputError or DataError for the profile, BackendError for the way
+    to attend.
     """
     build_roles(cache, backbone)
+    check_backend(cache.backend, torch.device(backbone.device), backbone.dtype, backbone.geometry.head_dim)
     for role in HeadRole:
-        build_policy(cache, role, backbone.geometry, chunks=1)
+        build_policy(cache, role, backbone, chunks=1)
 
 
 def build_cache(cache: CacheConfig, backbone: Backbone, roles: RoleMap, chunks: int) -> HeadCache:
     """The cache, its memory allocated. `chunks` sizes the policy that keeps everything."""
     geometry = backbone.geometry
-    policies = {role: build_policy(cache, role, geometry, chunks) for role in HeadRole}
-    weight = backbone.model.patch_embedding.weight
-    return HeadCache(geometry, roles, policies, weight.dtype, str(weight.device))
+    policies = {role: build_policy(cache, role, backbone, chunks) for role in HeadRole}
+    layer = size_layer(roles.roles[0], policies, geometry)
+    backend = choose_backend(cache.backend, layer, torch.device(backbone.device), backbone.dtype)
+    return HeadCache(geometry, roles, policies, backbone.dtype, backbone.device, backend)
 
 
-def build_policy(cache: CacheConfig, role: HeadRole, geometry: Geometry, chunks: int) -> CachePolicy:
-    """The policy of one role, with its options checked against the model's span."""
-    chosen = getattr(cache, role.value)
-    options = dict(chosen.options)
-    if chosen.policy == "full":
+def size_layer(roles: Sequence[HeadRole], policies: Mapping[HeadRole, CachePolicy], geometry: Geometry) -> Layer:
+    """The sizes of a layer's attention when its heads hold as many frames as they may."""
+    frames = tuple(geometry.chunk + policies[role].capacity for role in roles)
+    return Layer(geometry.chunk * geometry.tokens, geometry.tokens, geometry.head_dim, frames)
+
+
+def build_policy(cache: CacheConfig, role: HeadRole, backbone: Described, chunks: int) -> CachePolicy:
+    """The policy of one role, with its options checked against the model's span.
+
+    "window" without a number of frames is what the release was trained with, its sink included.
+    """
+    chosen, geometry = getattr(cache, role.value), backbone.geometry
+    name, options = chosen.policy, dict(chosen.options)
+    seen = backbone.family.recipe if backbone.family else SELF_FORCING
+    if name == "window" and seen.window and "frames" not in options:
+        if seen.sink:
+            name, own = "sink", {"sink": seen.sink, "window": seen.window - seen.sink - geometry.chunk}
+        else:
+            own = {"frames": seen.window}
+        options = own | options
+    if name == "full":
         options.setdefault("frames", chunks * geometry.chunk)
-    policy = make_policy(chosen.policy, **options)
+    if "chunk" in options_of(name):
+        options.setdefault("chunk", geometry.chunk)
+    policy = make_policy(name, **options)
     fits(policy, geometry.chunk, geometry.span, role.value)
     return policy
 
 
-def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Described) -> Plan:
+def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Described, given: int = 0) -> Plan:
     """Cuts a script into chunks: the end is moved up to a whole chunk, changes of prompt to the nearest one.
 
-    Raises DataError when two prompts would begin in the same chunk, or one after the end.
+    The first `given` latent frames are there already, and belong to the first prompt.
+    Raises DataError when two prompts would begin in the same chunk, or one after the end, or if nothing is to be made.
     """
     stride, chunk = backbone.stride, backbone.geometry.chunk
     latents = math.ceil((math.ceil(seconds * fps - ROUNDING) - 1) / stride) + 1
-    total = math.ceil(latents / chunk)
+    total = math.ceil((latents - given) / chunk)
+    if total < 1:
+        raise DataError(
+            f"what the video starts from fills all of its {seconds:g}s: nothing is left to be made",
+            "make it longer with --duration, which counts the whole, or start from less",
+        )
     starts, moment = [], 0.0
     for shot in shots:
-        starts.append(round(moment * fps / (stride * chunk)))
+        starts.append(max(0, round((moment * fps - given * stride) / (stride * chunk))))
         moment += shot.seconds or 0.0
     counts = tuple(after - before for before, after in zip(starts, [*starts[1:], total], strict=True))
-    if min(counts) < 1:
-        late = next(i for i, count in enumerate(counts) if count < 1)
+    least = 0 if given else 1  # what is given may be all that there is of the first prompt
+    late = next((i for i, count in enumerate(counts) if count < (1 if i else least)), None)
+    if late is not None:
         raise DataError(
             f"prompt {late + 1} of {len(shots)} would last less than a chunk of {stride * chunk / fps:g}s",
             "give each prompt at least that long, or make the video longer",
         )
-    return Plan(counts, stride * (total * chunk - 1) + 1)
+    return Plan(counts, stride * (given + total * chunk - 1) + 1, given)
 
 
 def build_script(shots: Sequence[Shot], plan: Plan, backbone: Backbone) -> list[Take]:
     """The shots as the stream plays them, their prompts encoded."""
     backbone.encode_text.encode_all(shot.prompt for shot in shots)
     return [Take(backbone.encode_text(shot.prompt), n) for shot, n in zip(shots, plan.chunks, strict=True)]
-
-

@@ -13,13 +13,14 @@ import typer
 from typer import Option
 
 import hforce
+from hforce import options
 from hforce.errors import ConfigError, InterruptedRun, RoomError, UsageError
 from hforce.shell import run, say, start
 
 if TYPE_CHECKING:
-    from hforce.config import Config
     from hforce.generate import Result
     from hforce.prompts import Item
+    from hforce.settings import Config
 
 log = logging.getLogger(__name__)
 
@@ -32,29 +33,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-
-ModelOption = Annotated[
-    str, Option("--model", "-m", metavar="NAME|PATH", help="A preset, as tiny, or weights of Wan2.1's kind.")
-]
-SizeOption = Annotated[str, Option("--size", metavar="WxH", help="Pixels, as 64x64.  [default: the model's own]")]
-ConfigOption = Annotated[
-    list[Path] | None, Option("--config", "-c", metavar="FILE", help="Settings (YAML); may be repeated.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="One setting, as video.crf=23; may be repeated."),
-]
-SeedOption = Annotated[int | None, Option("--seed", metavar="N", help="Seed of the noise.")]
-DurationOption = Annotated[
-    str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
-]
-PolicyOption = Annotated[
-    str, Option("--policy", metavar="NAME", help="head-forcing, window, sink, full, uniform, random, inverse.")
-]
-MemoryOption = Annotated[
-    str, Option("--memory-mode", metavar="NAME", help="auto, speed, balanced or low: what stays on the device.")
-]
-PlotOption = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw it, as PNG.")]
 
 Flags = dict[str, tuple[str, Any]]
 """Option as the user writes it -> setting and value; empty values were not given."""
@@ -85,43 +63,43 @@ def common(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[
-        list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
-    ] = None,
-    prompt_file: Annotated[
-        str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
-    ] = "",
-    output: Annotated[
-        Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")
-    ] = Path("outputs"),
-    duration: DurationOption = "",
-    frames: Annotated[
-        int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")
-    ] = None,
-    seed: SeedOption = None,
-    policy: PolicyOption = "",
-    roles: Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")] = "",
-    profile: Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")] = "",
-    upscale: Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")] = None,
-    on_exists: Annotated[
-        str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
-    ] = "skip",
-    model: ModelOption = "",
-    size: SizeOption = "",
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    memory_mode: MemoryOption = "",
-    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be made, in which memory, and stop.")] = False,
-    print_config: Annotated[bool, Option("--print-config", help="Show every setting and stop.")] = False,
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = "",
+    output: options.Output = Path("outputs"),
+    duration: options.Duration = "",
+    frames: options.Frames = None,
+    seed: options.Seed = None,
+    policy: options.Policy = "",
+    roles: options.Roles = "",
+    profile: options.Profile = "",
+    init_image: options.InitImage = "",
+    init_video: options.InitVideo = "",
+    upscale: options.Upscale = None,
+    on_exists: options.Exists = "skip",
+    model: options.Model = "",
+    revision: options.Revision = "",
+    offline: options.Offline = False,
+    device: options.Device = "",
+    size: options.Size = "",
+    config: options.Config = None,
+    set_: options.Set = None,
+    vae: options.Vae = "",
+    memory_mode: options.MemoryMode = "",
+    dry_run: options.DryRun = False,
+    print_config: options.Print = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
 
     Example: hforce generate -p "a red circle bouncing" -d 30s -o out
+
+    Example: hforce generate -p "a red circle" --init-image first.png -o a.mp4
     """
     flags: Flags = {"--duration": ("video.seconds", _seconds(duration)), "--seed": ("sample.seed", seed)}
     flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
     flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
-    flags |= {"--memory-mode": ("model.memory", memory_mode)}
+    flags |= {"--init-image": ("video.init_image", init_image), "--init-video": ("video.init_video", init_video)}
+    flags |= {"--vae": ("model.vae", vae), "--memory-mode": ("model.memory", memory_mode)}
+    flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     if frames is not None:
         settings.video.seconds = _count_seconds(frames, bool(duration), settings.video.fps)
@@ -146,33 +124,30 @@ def generate(
 @app.command()
 def profile(
     context: typer.Context,
-    prompt_file: Annotated[
-        str, Option("--prompt-file", "-f", metavar="FILE", help="Calibration prompts.  [default: 20 packaged ones]")
-    ] = "",
-    output: Annotated[
-        Path, Option("--output", "-o", metavar="FILE", help="Where to write the profile.")
-    ] = Path("profile.json"),
-    plot: PlotOption = None,
-    show: Annotated[Path | None, Option("--show", metavar="FILE", help="Print the map of a profile and stop.")] = None,
-    mode: Annotated[str, Option("--mode", metavar="NAME", help="native21 (5 s videos) or rolling30 (30 s).")] = "",
-    compare: Annotated[bool, Option("--compare", help="Measure in both modes, and how far they agree.")] = False,
-    anchor: Annotated[
-        float | None, Option("--anchor", metavar="SHARE", help="Share of heads that become anchors.")
-    ] = None,
-    local: Annotated[
-        float | None, Option("--local", metavar="SHARE", help="Share of the others that become local.")
-    ] = None,
-    model: ModelOption = "",
-    size: SizeOption = "",
-    config: ConfigOption = None,
-    set_: SetOption = None,
+    prompt_file: options.Calibration = "",
+    output: options.ProfileFile = Path("profile.json"),
+    plot: options.Plot = None,
+    show: options.Show = None,
+    mode: options.Mode = "",
+    compare: options.Compare = False,
+    anchor: options.Anchor = None,
+    local: options.Local = None,
+    model: options.Model = "",
+    revision: options.Revision = "",
+    offline: options.Offline = False,
+    device: options.Device = "",
+    size: options.Size = "",
+    config: options.Config = None,
+    set_: options.Set = None,
+    vae: options.Vae = "",
 ) -> None:
     """Measure what every attention head looks at, and give it a role.
 
     Example: hforce profile -o heads.json --plot heads.png
     """
     flags: Flags = {"--prompt-file": ("profile.prompts", prompt_file), "--mode": ("profile.mode", mode)}
-    flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local)}
+    flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local), "--vae": ("model.vae", vae)}
+    flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     from hforce import profile as verb
     from hforce.cache.roles import load_profile
@@ -197,21 +172,22 @@ def profile(
 @app.command()
 def bench(
     context: typer.Context,
-    setups: Annotated[
-        str, Option("--setups", metavar="NAMES", help="Which to compare, as window,full,head-forcing.")
-    ] = "",
-    prompt_file: Annotated[
-        str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts.  [default: four packaged ones]")
-    ] = "",
-    duration: DurationOption = "",
-    seed: SeedOption = None,
-    suite: Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")] = "",
-    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
-    plot: PlotOption = None,
-    model: ModelOption = "",
-    size: SizeOption = "",
-    config: ConfigOption = None,
-    set_: SetOption = None,
+    setups: options.Setups = "",
+    prompt_file: options.BenchPrompts = "",
+    duration: options.Duration = "",
+    seed: options.Seed = None,
+    random_weights: options.Random = False,
+    suite: options.Suite = "",
+    kernels: options.Kernels = False,
+    json_file: options.Json = None,
+    plot: options.Plot = None,
+    model: options.Model = "",
+    revision: options.Revision = "",
+    offline: options.Offline = False,
+    device: options.Device = "",
+    size: options.Size = "",
+    config: options.Config = None,
+    set_: options.Set = None,
 ) -> None:
     """Compare the speed and drift of several setups.
 
@@ -220,15 +196,18 @@ def bench(
     named = [s.strip() for s in setups.split(",") if s.strip()]
     flags: Flags = {"--setups": ("bench.setups", named), "--prompt-file": ("bench.prompts", prompt_file)}
     flags |= {"--duration": ("bench.seconds", _seconds(duration)), "--seed": ("bench.seed", seed)}
-    flags |= {"--suite": ("bench.suite", suite)}
+    flags |= {"--suite": ("bench.suite", suite), "--random-weights": ("bench.random_weights", random_weights or None)}
+    flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     from hforce import bench as speed
-    from hforce import length
+    from hforce import bench_kernels, length
     from hforce.documents import write_document
     from hforce.progress import CountProgress, show_table
     from hforce.video import check_place
 
-    verb, notes = (length, [json_file]) if settings.bench.suite else (speed, [])
+    if kernels and settings.bench.suite:
+        raise UsageError("--kernels and --suite exclude each other", "run one after the other")
+    verb, notes = (length, [json_file]) if settings.bench.suite else (bench_kernels if kernels else speed, [])
     for path in filter(None, (json_file, plot)):
         check_place(path)
     if plot is not None:
@@ -242,6 +221,15 @@ def bench(
     if plot is not None:
         verb.plot(result, plot)
         typer.echo(plot)
+
+
+def _origin(revision: str, offline: bool, device: str) -> Flags:
+    """Where the model comes from, and where it runs."""
+    return {
+        "--revision": ("model.revision", revision),
+        "--offline": ("model.offline", offline or None),
+        "--device": ("model.device", device),
+    }
 
 
 def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] | None, flags: Flags) -> Config:

@@ -2,150 +2,26 @@
 
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_origin, get_type_hints
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hforce.errors import ConfigError, UsageError
+from hforce.models.families import FAMILIES, SELF_FORCING, find_family
 from hforce.resources import presets
 from hforce.rules import Rule, amount, each, falling, nearest, one_of, seconds, size, within
+from hforce.settings import EAGER, OWN, SETUPS, SUITES, CacheConfig, Config
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
 
 COMMAND_LINE = "--set"
-
-
-@dataclass
-class ModelConfig:
-    """Which model, from where, and on what it runs."""
-
-    name: str = "tiny"
-    checkpoint: str = ""  # file or folder of weights, or org/name:file on the hub; empty: the packaged ones
-    base: str = ""  # folder (or org/name) of a Wan2.1 release with the other parts; empty: the folder `checkpoint`
-    lora: str = ""  # adapter to merge into the checkpoint
-    vae: str = ""  # file of an autoencoder to take instead of the release's, as taew2_1.pth
-    texts: str = ""  # folder where embeddings of prompts are kept; empty: ~/.cache/hforce/texts
-    size: str = ""  # "832x480", width x height in pixels; empty: the model's own
-    dtype: str = "auto"
-    device: str = "auto"
-    memory: str = "auto"  # what stays on the device: speed, balanced or low; auto: the first of these that fits
-    memory_limit: str = ""  # "8GiB": how much memory to plan with; empty: what the device has free
-    threads: int = 0  # of the CPU; 0: all cores but one, which the video encoder needs
-
-
-@dataclass
-class RolePolicy:
-    """Which policy the heads of one role follow, and its options."""
-
-    policy: str = "memory"
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class CacheConfig:
-    """How the heads remember: who has which role, and what each role keeps."""
-
-    setup: str = "head-forcing"  # a named bundle of the settings below: see SETUPS
-    roles: str = "profile"  # profile, inverse, uniform (every head is a memory head) or random:SEED
-    profile: str = ""  # a file; empty: the model's packaged one
-    switch: str = "recache"  # what happens to the past at a new prompt: keep, flush or recache
-    recache_frames: int = 6  # latent frames made anew under the new prompt
-    local: RolePolicy = field(default_factory=lambda: RolePolicy("local"))
-    anchor: RolePolicy = field(default_factory=lambda: RolePolicy("anchor"))
-    memory: RolePolicy = field(default_factory=lambda: RolePolicy("memory"))
-
-
-@dataclass
-class SampleConfig:
-    """How one chunk is denoised. The defaults are Self-Forcing's (arXiv 2506.08009)."""
-
-    steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # timesteps in 0..1000, falling
-    first_steps: list[int] = field(default_factory=list)  # of a shot's first chunk; empty: as `steps`
-    warp: bool = True  # look the timesteps up in the shifted schedule
-    shift: float = 5.0
-    context_noise: int = 0  # timestep 0..1000 at which the finished chunk is written to the cache
-    seed: int = 0
-
-
-@dataclass
-class VideoConfig:
-    """The video file."""
-
-    seconds: float = 60.0
-    fps: int = 16
-    crf: int = 18
-    preset: str = "medium"  # of x264
-    upscale: int = 4  # whole-number enlargement for viewing, nearest neighbour
-    contact_sheet: bool = True
-
-
-@dataclass
-class ProfileConfig:
-    """How head roles are measured."""
-
-    prompts: str = ""  # prompt file; empty: the packaged one
-    seeds: list[int] = field(default_factory=lambda: [0])
-    mode: str = "native21"  # native21: within the trained span; rolling30: in 30 s roll-outs
-    anchor: float = 0.25  # share of all heads (quantile) or attention mass (absolute)
-    local: float = 0.20  # share of the heads that are not anchors, or attention mass
-    sink_frames: int = 1
-    query_stride: int = 1  # every n-th token asks
-    threshold: str = "quantile"
-    min_vote: float = 0.0  # heads on which fewer prompts agree become memory heads
-
-
-@dataclass
-class BenchConfig:
-    """What `hforce bench` compares."""
-
-    setups: list[str] = field(default_factory=lambda: ["window", "sink", "full", "head-forcing"])
-    prompts: str = ""  # prompt file; empty: the packaged one
-    seconds: float = 60.0
-    seed: int = 0
-    warmup: int = 2  # chunks that are not timed
-    suite: str = ""  # a named experiment instead, with defaults of its own: see SUITES
-    videos: int = 64  # that a suite makes under every setup
-    workers: int = 0  # processes that a suite is spread over; 0: as many as there are cores
-
-
-@dataclass
-class Config:
-    """Everything that can be set, by section."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-    bench: BenchConfig = field(default_factory=BenchConfig)
-
-
-def _uniform(policy: str, **options: Any) -> Mapping[str, Any]:
-    return MappingProxyType({"roles": "uniform", "memory": RolePolicy(policy, options)})
-
-
-# Named bundles: what each changes in CacheConfig. "uniform" gives every head the mean budget of head-forcing:
-# 15 % local 3, 25 % anchor 3 and 60 % memory 12 frames of the past are 8.4 in the mean, rounded up in its favour.
-SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "head-forcing": MappingProxyType({}),
-    "random": MappingProxyType({"roles": "random:0"}),
-    "inverse": MappingProxyType({"roles": "inverse"}),
-    "uniform": _uniform("sink", sink=3, window=6),
-    "sink": _uniform("sink"),
-    "window": _uniform("window"),
-    "full": _uniform("full"),
-})
-
-# Named experiments of `hforce bench`: what each changes in BenchConfig.
-SUITES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "tiny-length": MappingProxyType({"setups": list(SETUPS), "seconds": 120.0}),
-})
 _BUNDLES = (("cache", "setup", SETUPS), ("bench", "suite", SUITES))
 
 
@@ -164,6 +40,7 @@ _SPEEDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 _RULES: Mapping[str, Rule] = MappingProxyType({
     "model.size": size,
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
+    "model.release": one_of("", *(family.name for family in FAMILIES)),
     "model.device": one_of("auto", "cpu", "cuda", "mps", also=r"cuda:\d{1,3}", shown="cuda:N"),
     "model.memory": one_of("auto", "speed", "balanced", "low"),
     "model.memory_limit": amount,
@@ -172,9 +49,11 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "cache.roles": one_of("profile", "inverse", "uniform", also=r"random:\d{1,18}", shown="random:SEED"),
     "cache.switch": one_of("keep", "flush", "recache"),
     "cache.recache_frames": within(0, 1000, " latent frames"),
+    "cache.backend": one_of("auto", "sdpa", "varlen", "triton", "triton-key", "reference"),
     "sample.steps": falling(1),
     "sample.first_steps": falling(0),
     "sample.shift": within(0.01, 100),
+    "sample.chunk": within(1, 1000, " latent frames"),
     "sample.context_noise": within(0, 1000),
     "sample.seed": _SEED,
     "video.seconds": seconds,
@@ -190,13 +69,15 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "profile.query_stride": within(1, 1_000_000),
     "profile.threshold": one_of("quantile", "absolute"),
     "profile.min_vote": within(0, 1),
-    "bench.setups": each(_SETUP),
+    "bench.setups": each(one_of(*SETUPS, EAGER)),
     "bench.seconds": seconds,
     "bench.seed": _SEED,
     "bench.warmup": within(0, 1000, " chunks"),
     "bench.suite": one_of("", *SUITES),
     "bench.videos": within(2, 1000, " videos"),
     "bench.workers": within(0, 1024, " processes"),
+    "bench.layers": within(0, 1000, " layers"),
+    "bench.decoders": each(one_of(OWN, "taehv", "wan-vae")),
 })
 
 
@@ -238,8 +119,13 @@ def with_setup(config: Config, setup: str) -> Config:
 
 
 def describe(config: Config) -> str:
-    """The whole configuration as YAML, as `load_config` reads it."""
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """The whole configuration as YAML, as `load_config` reads it, after a comment on what null stands for."""
+    release = config.model.release
+    recipe = dataclasses.asdict(find_family(release).recipe if release else SELF_FORCING)
+    values = ", ".join(f"{key}: {json.dumps(recipe[key])}" for key in vars(config.sample) if key in recipe)
+    whose = f"as {release} has it" if release else "as its release has it, or else as Self-Forcing"
+    note = f"# null in `sample`: left to the model, {whose}\n# {values}\n"
+    return note + str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def violations(config: Config) -> list[tuple[str, str]]:
@@ -247,7 +133,9 @@ def violations(config: Config) -> list[tuple[str, str]]:
     checks: list[tuple[str, str | None]] = []
     for path, value in _leaves(config):
         rule = _RULES.get(path)
-        checks.append((path, rule(value) if rule else None))
+        checks.append((path, rule(value) if rule and value is not None else None))
+    if config.video.init_image and config.video.init_video:
+        checks.append(("video.init_video", "a video starts from a picture or from another video, not from both"))
     return [(path, message) for path, message in checks if message]
 
 
@@ -351,6 +239,8 @@ def _kind_name(kind: Any) -> str:
         return "a section with keys below it"
     names = {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false",
              dict: "a mapping", list: "a list of "}
+    if NoneType in get_args(kind):
+        kind = get_args(kind)[0]
     name = names.get(get_origin(kind) or kind, "a value")
     return name + ("whole numbers" if kind == list[int] else "words") if get_origin(kind) is list else name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -28,13 +29,20 @@ def read_document(path: str | Path, limit: int) -> bytes:
     try:
         with Path(path).open("rb") as file:
             data = file.read(limit + 1)
-    except PermissionError as error:
-        raise PermissionDenied(f"may not read {path}", mend="check who owns the file") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", mend="check the path") from error
+        raise _unread(path, error) from error
     if len(data) > limit:
         raise DataError(f"{path} is larger than the {limit / 2**20:g} MiB such a file may have", mend="check the path")
     return data.removeprefix(codecs.BOM_UTF8)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex. Raises InputError when it is not there, PermissionDenied when it may not be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unread(path, error) from error
 
 
 def parse_document(kind: type[Document], data: bytes, name: str | Path, mend: str = "") -> Document:
@@ -74,6 +82,12 @@ def _first_fault(error: ValidationError) -> str:
     reason = faults[0]["msg"].removeprefix("Value error, ")
     others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{path[:100]}: {reason}{others}" if path else f"{reason}{others}"
+
+
+def _unread(path: str | Path, error: OSError) -> HforceError:
+    if isinstance(error, PermissionError):
+        return PermissionDenied(f"may not read {path}", mend="check who owns the file")
+    return InputError(f"cannot read {path}: {error.strerror or error}", mend="check the path")
 
 
 def _unwritten(path: Path, error: OSError) -> HforceError:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hforce import memory
-from hforce.build import build_blueprint, build_policy, build_roles
-from hforce.config import Config
-from hforce.generate import Job, choose_targets, plan_job, plan_memory
+from hforce.build import build_blueprint, build_policy, build_roles, effective
+from hforce.generate import Job, choose_targets, find_openings, plan_jobs, plan_memory
 from hforce.memory import gib
 from hforce.models.base import Blueprint
+from hforce.models.families import Family
 from hforce.prompts import Item
+from hforce.settings import Config
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Told:
 
 def run(config: Config, items: Sequence[Item], output: Path) -> Told:
     """Looks at the files of a model and plans its videos. Raises HforceError as `generate.run` would."""
-    targets = choose_targets(items, output)
+    targets, openings = choose_targets(items, output), find_openings(config.video, items)
     blueprint = build_blueprint(config)
-    jobs = [plan_job(config, blueprint, item, target) for item, target in zip(items, targets, strict=True)]
+    jobs = plan_jobs(config, blueprint, items, openings, targets)
     plan, available = plan_memory(config, blueprint, jobs)
+    chunks = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
     fits = available is None or plan.peak <= available
     lines = [
-        *_model(blueprint), *_sampling(config), *_cache(config, blueprint, max(job.plan.total for job in jobs)),
+        *_model(blueprint), *_sampling(config, blueprint.family), *_cache(config, blueprint, chunks),
         *map(_video, jobs), "", *_table(plan), *_verdict(blueprint, plan, available),
     ]  # fmt: skip
     return Told("\n".join(lines), fits)
@@ -41,7 +43,7 @@ def _model(b: Blueprint) -> list[str]:
     g = b.geometry
     dtype = str(b.dtype).removeprefix("torch.")
     return [
-        f"model        {b.name}" + (f", recognised as {b.family.name}" if b.family else ""),
+        f"model        {b.name}",
         f"heads        {g.layers} layers x {g.heads} heads x {g.head_dim}",
         f"precision    {dtype} on {b.device}",
         f"video        {b.size[0]}x{b.size[1]} pixels",
@@ -51,25 +53,41 @@ def _model(b: Blueprint) -> list[str]:
     ]
 
 
-def _sampling(config: Config) -> list[str]:
-    s = config.sample
-    first = f", first chunk of a shot {s.first_steps}" if s.first_steps else ""
-    warp = f"shift {s.shift:g}" if s.warp else "not warped"
-    return [f"sampling     steps {s.steps}{first}, {warp}, context noise {s.context_noise}, seed {s.seed}"]
+def _sampling(config: Config, family: Family | None) -> list[str]:
+    """The release and the settings in effect; those that were set, and are not the release's own, are marked."""
+    sample, recipe = config.sample, effective(config.sample, family)
+    whose = "as model.release says" if config.model.release else "as the weights were recognised"
+    sees = f"; sees {recipe.window} frames, the first {recipe.sink} among them" if recipe.window else ""
+    shown = {
+        "steps": [*recipe.steps], "of a shot's first chunk": [*recipe.first_steps] or "the same",
+        "shift": f"{recipe.shift:g}" if recipe.warp else "none", "chunk": recipe.chunk,
+    }  # fmt: skip
+    keys = {"of a shot's first chunk": ("first_steps",), "shift": ("shift", "warp")}
+    marks = {
+        name: " (set)" if any(getattr(sample, key) is not None for key in keys.get(name, (name,))) else ""
+        for name in shown
+    }
+    return [
+        f"release      {family.name}, {whose}{sees}" if family else "release      none: Self-Forcing's settings",
+        "sampling     " + ", ".join(f"{name} {value}{marks[name]}" for name, value in shown.items()),
+        f"noise        seed {sample.seed}, context noise {sample.context_noise}",
+    ]
 
 
 def _cache(config: Config, blueprint: Blueprint, chunks: int) -> list[str]:
-    lines = []
+    cache = config.cache
+    lines = [f"setup        {cache.setup}, roles {cache.roles}, new prompt: {cache.switch}, backend {cache.backend}"]
     for role, count in build_roles(config.cache, blueprint).counts().items():
         if count:
-            policy = build_policy(config.cache, role, blueprint.geometry, chunks)
+            policy = build_policy(config.cache, role, blueprint, chunks)
             lines.append(f"cache        {count} {role} heads: {policy}, at most {policy.capacity} frames of the past")
     return lines
 
 
 def _video(job: Job) -> str:
     many = f", {len(job.shots)} prompts" if len(job.shots) > 1 else ""
-    return f"output       {job.target.video}: {job.plan.frames} frames, {job.plan.total} chunks{many}"
+    begin = f", from {job.opening.init.path} ({job.plan.given} latent frames)" if job.opening else ""
+    return f"output       {job.target.video}: {job.plan.frames} frames, {job.plan.total} chunks{many}{begin}"
 
 
 def _table(plan: memory.Plan) -> list[str]:

@@ -1,8 +1,12 @@
 """What can go wrong, for whom, and with which exit code."""
 
 import errno
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+SMALLER = "make the video smaller (--size), or let heads remember less: another --policy, as hf-10"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})  # met while writing a file that could be opened
 
 
@@ -88,6 +92,25 @@ class InterruptedRun(HforceError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message, "run the same command again")
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is Python's, PyTorch's or a driver's way to say that there is no memory left."""
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    return any(words in str(error).lower() for words in ("can't allocate memory", "out of memory", "alloc_failed"))
+
+
+@contextmanager
+def memory_for(stage: str) -> Iterator[None]:
+    """Turns a lack of memory inside into a RoomError that names the stage, and lets go of what was being made."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit
+        raise RoomError(f"out of memory while {stage}", SMALLER) from error
 
 
 def cannot_write(path: Path | str, error: OSError) -> HforceError:

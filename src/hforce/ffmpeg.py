@@ -5,12 +5,16 @@ import os
 import queue
 import signal
 import subprocess
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import IO
 
 import imageio_ffmpeg
+import numpy as np
+from numpy.typing import NDArray
 
 from hforce.errors import FULL, UnavailableError, WriteError
 
@@ -18,6 +22,9 @@ QUEUE = 2  # chunks waiting for the encoder; a third makes the generator wait
 LAST_LINES = 20  # of what ffmpeg says
 LONGEST_LINE = 500  # bytes
 LOWEST_ERRNO_STATUS = 256 - 133  # ffmpeg ends with 256 - errno where the system refused it something
+CONTAINERS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"  # no playlists, which name other files, and no text as art
+# Pixels become square, within bounds.
+SQUARE = "scale=round(iw*min(sar\\,4)):ih:flags=lanczos+accurate_rnd+full_chroma_int+full_chroma_inp,setsar=1"
 
 
 def find_ffmpeg() -> str:
@@ -53,6 +60,32 @@ def count_frames(path: Path) -> int:
                            "-progress", "pipe:1", "-f", "null", os.devnull], f"reading {path}")
     counts = [line.partition(b"=")[2] for line in progress.splitlines() if line.startswith(b"frame=")]
     return int(counts[-1]) if counts else 0
+
+
+def read_times(path: Path, most_pixels: int, seconds: float) -> list[Fraction]:
+    """When every frame of a video begins, in seconds; of a long video only the first `seconds`.
+
+    Everything is decoded. Raises WriteError when that fails, or a frame has more than `most_pixels`.
+    """
+    told = run_ffmpeg([*_input(path, most_pixels), "-t", str(seconds), "-enc_time_base:v", "demux", "-f", "framecrc",
+                       "pipe:1"], f"reading {path}").decode()
+    clock = next((Fraction(line.split()[-1]) for line in told.splitlines() if line.startswith("#tb")), Fraction(0))
+    return [int(line.split(",")[2]) * clock for line in told.splitlines() if not line.startswith("#")]
+
+
+def read_video(path: Path, most_pixels: int, frames: int) -> Iterator[NDArray[np.uint8]]:
+    """The first `frames` frames of a video, one after the other, uint8 [H, W, 3]. Raises WriteError when it fails."""
+    arguments = [*_input(path, most_pixels), "-frames:v", str(frames), "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
+    with tempfile.TemporaryFile() as complaints, _spawn(arguments, stderr=complaints) as process:
+        try:
+            while (frame := _read_ppm(_open_pipe(process.stdout))) is not None:
+                yield frame
+            status = process.wait()
+        finally:
+            process.kill()  # where the caller wants no more
+        if status:
+            complaints.seek(0)
+            raise _failure(f"reading {path}", status, complaints.read())
 
 
 class Encoder:
@@ -130,12 +163,30 @@ class Encoder:
         return f"what was encoded so far: {self._part}" if is_there else "nothing was encoded"
 
 
-def _spawn(arguments: Sequence[str], stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+def _input(path: Path, most_pixels: int) -> list[str]:
+    """Arguments that read the pictures of a file and nothing else: no other file that it may name, and no network."""
+    return ["-xerror", "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-max_pixels", str(most_pixels),
+            "-i", f"file:{path}", "-map", "0:V:0", "-vf", SQUARE, "-fps_mode", "passthrough", "-pix_fmt", "rgb24"]
+
+
+def _read_ppm(pipe: IO[bytes]) -> NDArray[np.uint8] | None:
+    """The next picture out of a pipe, uint8 [H, W, 3]; None at its end, and where it ends too early."""
+    header = [pipe.readline(LONGEST_LINE) for _ in range(3)]  # "P6", "width height", "255"
+    if not header[2]:
+        return None
+    width, height = map(int, header[1].split())
+    data = pipe.read(3 * width * height)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == 3 * width * height else None
+
+
+def _spawn(
+    arguments: Sequence[str], stdout: int = subprocess.PIPE, stderr: int | IO[bytes] = subprocess.PIPE
+) -> subprocess.Popen[bytes]:
     program = find_ffmpeg()
     try:
         # A session of its own: Ctrl-C is for hforce, which then lets ffmpeg finish the file.
         return subprocess.Popen([program, "-nostdin", "-hide_banner", "-loglevel", "error", *arguments],
-                                stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE,
+                                stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
                                 start_new_session=True)
     except OSError as error:
         raise UnavailableError(f"cannot run ffmpeg at {program}: {error.strerror}",

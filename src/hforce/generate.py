@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,24 @@ from torch import Tensor
 
 import hforce
 from hforce import memory
-from hforce.build import Plan, build_blueprint, build_memory, build_plan, build_script, build_stream, check_cache
-from hforce.config import Config
-from hforce.documents import read_document, write_document
-from hforce.errors import DataError, HforceError, InterruptedRun, OutputError
+from hforce.build import (
+    Plan,
+    build_blueprint,
+    build_memory,
+    build_plan,
+    build_script,
+    build_stream,
+    check_cache,
+    effective,
+    pin_model,
+)
+from hforce.documents import file_digest, read_document, write_document
+from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, memory_for
 from hforce.memory import Mode, check, gib
 from hforce.models.base import Backbone, Blueprint, Described
-from hforce.prompts import Item, Shot, file_stem
+from hforce.opening import Opening, examine, read_opening
+from hforce.prompts import Init, Item, Shot, file_stem
+from hforce.settings import Config, VideoConfig
 from hforce.stream import Chunk, Stream
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
 
@@ -47,13 +59,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make."""
+    """One video to make, from nothing or from an `opening`."""
 
     item: Item
     shots: tuple[Shot, ...]
     plan: Plan
     seed: int
     target: Target
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True)
@@ -85,10 +98,11 @@ def run(
     """
     targets = choose_targets(items, output)
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
+    openings = find_openings(config.video, items)
+    config = replace(config, model=pin_model(config.model))
     blueprint = build_blueprint(config)
     blueprint.check_packages()
-    check_cache(config.cache, blueprint)
-    jobs = [plan_job(config, blueprint, item, target) for item, target in zip(items, targets, strict=True)]
+    jobs = plan_jobs(config, blueprint, items, openings, targets)
     missing = [job for job in jobs if on_exists == "overwrite" or not job.target.video.exists()]
     mode = choose_mode(config, blueprint, missing) if missing else None
     done = [is_done(job, record(config, blueprint, job), on_exists) for job in jobs]
@@ -96,12 +110,14 @@ def run(
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
     if not mode:
         return result
-    backbone = load(blueprint, mode, [shot.prompt for job in wanted for shot in job.shots])
+    with memory_for("loading the model"):
+        backbone = load(blueprint, mode, [shot.prompt for job in wanted for shot in job.shots])
     for job in wanted:
         try:
             make(config, backbone, job, tell)
             result.made.append(job.target)
         except HforceError as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
             result.failed.append((job.target, error))
             if isinstance(error, InterruptedRun):
                 break
@@ -120,7 +136,7 @@ def choose_mode(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> Mo
 
 def plan_memory(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> tuple[memory.Plan, int | None]:
     """What the largest of the jobs takes, and what there is."""
-    longest = max(job.plan.total for job in jobs)
+    longest = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
     return build_memory(config, blueprint, longest, switches=any(len(job.shots) > 1 for job in jobs))
 
 
@@ -149,19 +165,45 @@ def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
     ]
 
 
-def plan_job(config: Config, backbone: Described, item: Item, target: Target) -> Job:
+def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | None]:
+    """What every item starts from, its own or that of the configuration. Raises what `examine` raises."""
+    path = video.init_video or video.init_image
+    usual = Init(path, bool(video.init_video)) if path else None
+    longest = max(item.seconds or video.seconds for item in items)
+    inits = [item.init or usual for item in items]
+    found = {init: examine(init, video.fps, longest) for init in dict.fromkeys(inits) if init}
+    return [found[init] if init else None for init in inits]
+
+
+def plan_jobs(
+    config: Config,
+    model: Described,
+    items: Sequence[Item],
+    openings: Sequence[Opening | None],
+    targets: Sequence[Target],
+) -> list[Job]:
+    """The job of every item. Raises what `check_cache` and `plan_job` raise."""
+    check_cache(config.cache, model)
+    parts = zip(items, openings, targets, strict=True)
+    return [plan_job(config, model, item, opening, target) for item, opening, target in parts]
+
+
+def plan_job(config: Config, backbone: Described, item: Item, opening: Opening | None, target: Target) -> Job:
     """The item's shots with their lengths, cut into chunks."""
     seconds = item.seconds or config.video.seconds
     shots = item.timed(seconds)
     seed = config.sample.seed if item.seed is None else item.seed
-    return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone), seed, target)
+    given = (len(opening.picks) - 1) // backbone.stride + 1 if opening else 0
+    return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone, given), seed, target, opening)
 
 
 def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None]) -> None:
     """Generates, decodes and encodes one video, then writes its contact sheet and sidecar."""
     started = time.monotonic()
-    stream = build_stream(config, backbone, job.plan.total, job.seed)
+    with memory_for("laying out the cache"):
+        stream = build_stream(config, backbone, job.plan.held(backbone.geometry.chunk), job.seed)
     script = build_script(job.shots, job.plan, backbone)
+    given = encode_opening(job.opening, job.plan.given, backbone) if job.opening else None
     factor = config.video.upscale
     width, height = (side * factor for side in backbone.size)
     video = config.video
@@ -170,7 +212,7 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
     try:
         with sink:
-            for _, frames, seconds in decoded(stream, script, backbone):
+            for _, frames, seconds in decoded(stream, script, backbone, given):
                 begin = time.perf_counter()
                 sink.write(upscale(frames, factor))
                 seconds["encode"] = time.perf_counter() - begin
@@ -187,17 +229,33 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     _write_record(sink, record(config, backbone, job), outcome, job.target.sidecar)
 
 
-def decoded(
-    stream: Stream, script: Sequence[Any], backbone: Backbone
-) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
-    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage.
+def encode_opening(opening: Opening, latents: int, backbone: Backbone) -> Tensor:
+    """What a video starts from, as so many latent frames [1, F, C, h, w]; video frames that are over are left out."""
+    frames = read_opening(opening, backbone.size)
+    taken = backbone.codec.stride * (latents - 1) + 1
+    if taken < len(frames):
+        told = (opening.init.path, len(frames) - taken, backbone.codec.stride)
+        log.warning("%s: its last %d video frames are left out, for latent frames take %d", *told)
+    with torch.inference_mode():
+        return backbone.codec.encode(torch.from_numpy(frames[:taken]).permute(0, 3, 1, 2)[None] / 255)
 
-    Raises DataError at a chunk whose latents or frames hold values that are not finite.
+
+def decoded(
+    stream: Stream, script: Sequence[Any], backbone: Backbone, given: Tensor | None = None
+) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
+    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage; the `given` latents first.
+
+    Raises DataError at a chunk whose latents or frames hold values that are not finite, RoomError for want of memory.
     """
-    decoder = backbone.codec.decoder()
-    for chunk in stream.play(script):
+    decoder, chunks = backbone.codec.decoder(), stream.play(script, given)
+    for number in count():
+        with memory_for(f"denoising chunk {number}"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
         begin = time.perf_counter()
-        frames = decoder(chunk.latents)
+        with memory_for(f"decoding chunk {number}"):
+            frames = decoder(chunk.latents)
         if not bool(torch.isfinite(frames).all()):
             message = f"the video frames of chunk {chunk.number} hold values that are not finite"
             raise DataError(message, "the codec's weights do not fit the model; the chunks before it are kept")
@@ -231,10 +289,17 @@ def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
         {"chunk": start, "prompt": shot.prompt, "reads": backbone.encode_text.reads(shot.prompt)}
         for start, shot in zip(starts, job.shots, strict=True)
     ]
-    settings = {"model": asdict(config.model), "cache": asdict(config.cache), "sample": asdict(config.sample)}
+    family, recipe = backbone.family, asdict(effective(config.sample, backbone.family))
+    seen = {name: recipe.pop(name) for name in ("window", "sink")}
+    opening = job.opening
+    init = opening and {**asdict(opening.init), "sha256": opening.sha256, "latents": job.plan.given}
+    # How the files came here and what was held in memory say nothing of the video.
+    model = replace(config.model, offline=False, memory="auto", memory_limit="")
+    settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
     return {
         "kind": SIDECAR,
         "schedule": schedule,
+        "init": init,
         "seed": job.seed,
         "frames": job.plan.frames,
         "chunks": job.plan.total,
@@ -242,6 +307,7 @@ def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
         "video": asdict(config.video),
         **settings,
         "fingerprint": backbone.fingerprint,
+        "release": {"name": family.name if family else "", **seen},
         "versions": {"hforce": hforce.__version__, "torch": torch.__version__},
     }
 
@@ -287,12 +353,6 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return found, found.pop("result")
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
         raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

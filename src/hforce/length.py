@@ -22,27 +22,28 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hforce.bench import BenchProgress, choose_setups, environment, find_schedule
+from hforce.bench import BenchProgress, choose_setups, find_schedule
 from hforce.build import build_backbone, build_plan, build_roles, build_script, build_stream, check_cache, count_cores
-from hforce.config import Config, ModelConfig
-from hforce.documents import read_document
+from hforce.documents import file_digest, read_document
 from hforce.errors import ConfigError, HforceError, UnavailableError, cannot_write
-from hforce.generate import decoded, file_digest
+from hforce.generate import decoded
 from hforce.length_report import FILMS, MEASURES, Case, LengthResult, at_lengths, summarise
 from hforce.length_report import plot as plot
 from hforce.length_report import table as table
 from hforce.length_report import to_json as to_json
+from hforce.machine import environment
 from hforce.models.base import Backbone
 from hforce.models.tiny import PACKAGED
 from hforce.plots import check_plot as check_plot
 from hforce.prompts import Shot
+from hforce.settings import OWN, Config, ModelConfig
 from hforce.toy.metrics import read_frames, score
 from hforce.toy.words import LOOKS, sentence
 from hforce.toy.world import FPS, PIXELS, Scene
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the experiment: raise it when the films, the stream or the judge change what the same settings give
+VERSION = 2  # of the experiment: raise it when the films, the stream or the judge change what the same settings give
 LENGTHS = (5, 15, 30, 60, 120)  # seconds
 TURN = 10.0  # seconds of a prompt that takes turns, which is twice what the model is trained on
 SCENE_SEED = 40_000_000  # of the prompts. Training has 0 and 1 000 000, evaluation 20 000 000, the judge 30 000 000
@@ -127,6 +128,9 @@ def choose_lengths(config: Config, lengths: Sequence[int] = LENGTHS) -> tuple[in
         told = f"{config.model.name!r}" + (f" at {config.model.size}" if config.model.size else "")
         raise ConfigError(f"the length experiment judges the model {MODEL!r} at {SIZES[1]}, not {told}",
                           "leave --model and --size out")  # fmt: skip
+    if config.bench.random_weights or config.bench.layers or config.bench.decoders != [OWN]:
+        raise ConfigError("the length experiment judges videos, which takes the model's own weights and decoder",
+                          "leave --random-weights, bench.layers and bench.decoders out")  # fmt: skip
     if config.bench.prompts:
         raise ConfigError("the length experiment draws its own prompts", "leave bench.prompts out")
     if config.video.fps != FPS:
@@ -156,9 +160,12 @@ def plan_shots(case: Case, seconds: float) -> tuple[Shot, ...]:
 
 
 def fingerprint_of(config: Config, backbone: Backbone) -> str:
-    """SHA-256 of everything that the result of a video depends on, but for its number, its setup and its length."""
+    """SHA-256 of everything that the result of a video depends on, but for its number, its setup and its length.
+
+    Backends differ in rounding alone.
+    """
     place = environment(backbone)
-    cache = {key: value for key, value in asdict(config.cache).items() if key not in ("setup", "profile")}
+    cache = {key: value for key, value in asdict(config.cache).items() if key not in ("setup", "profile", "backend")}
     told = {
         "version": VERSION,
         "weights": file_digest(Path(config.model.checkpoint or PACKAGED)),

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from hforce.bench_report import COLORS, DPI
+from hforce.bench_plot import COLORS, DPI
 from hforce.plots import check_plot, save_figure
 from hforce.toy.metrics import Scores
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KIND = "hforce.length/1"
 MEASURES = tuple(field.name for field in fields(Scores))
 SHOWN = ("color_right", "shape_right", "tint_kept", "landmark_kept", "mark_kept", "one_object", "motion_right",
-         "residual")  # fmt: skip
+         "on_time", "residual")  # fmt: skip
 FILMS: Mapping[str, str] = MappingProxyType({
     "hold": "one prompt for the whole video",
     "return": "two prompts that take turns, each for ten seconds",
@@ -38,7 +38,7 @@ DRAWS, SEED = 4000, 0  # of the bootstrap
 FEWEST = 6  # videos that have an interval: of five, all may change the same way by chance more often than 1 in 20 times
 QUANTILES = (0.025, 0.975)
 DIGITS = 6  # of the numbers in the JSON document
-PANELS = 4  # in a row of the picture
+PANELS = 3  # in a row of the picture
 DODGE = 1.015  # factor by which the lines of the picture are apart, so that none hides another
 
 DEFINITIONS: Mapping[str, str] = MappingProxyType({
@@ -65,6 +65,8 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "any difference, about one in twenty is marked",
     "*_right, *_kept, one_object, one_landmark, continuity": "fractions 0..1 of frames, 1 is best: as the prompt says; "
     "as when the scene was first seen; exactly one in sight where one should be; no jump since the frame before",
+    "on_time": "of the returns of a passing object to the picture, the fraction that is neither early nor late; not to "
+    "come back counts too. The second in which that happens has the value, others have none",
     "motion_right": "fraction of seconds in which the movement fits the motion, speed and lane of the prompt",
     "ghosts": "area of what should not be there, in areas of the object; 0 is best",
     "hue_error, size_error, ground_error": "degrees, pixels and rms 0..1 from when the scene was first seen",

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from hforce.attention.rope import rotary_pairs
 from hforce.cache.heads import LOOK_EVERY
-from hforce.errors import RoomError
+from hforce.errors import SMALLER, RoomError
 from hforce.geometry import Geometry
 from hforce.models.base import Needs
 from hforce.models.dit import WanConfig
@@ -51,7 +51,8 @@ class Work:
     """What is made: by which transformer, computing in numbers of `itemsize` bytes, with which cache.
 
     `lanes` has the roles that occur; `pixels` are the numbers in the video frames of a chunk; `switches` says whether
-    prompts change within a video, `here` is the type of the device.
+    prompts change within a video, `here` is the type of the device. `turns_keys` says whether keys are turned in time
+    as they are stored, which takes a second copy of what turns; where attention turns its queries, it does not.
     """
 
     config: WanConfig
@@ -62,6 +63,7 @@ class Work:
     pixels: int
     here: str = "cpu"
     switches: bool = False
+    turns_keys: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,7 @@ def check(made: Plan, available: int | None) -> None:
     other = "" if made.mode is Mode.LOW else ", or --memory-mode auto"
     raise RoomError(
         f"{phase} needs {gib(made.peak)} GiB of memory ({parts}), but {gib(available)} GiB are available",
-        f"make the video smaller with --size, use a --policy that keeps fewer frames as window{other}; "
-        "--dry-run shows the whole plan",
+        f"{SMALLER}{other}; --dry-run shows the whole plan",
     )
 
 
@@ -141,7 +142,7 @@ def gib(size: int) -> str:
 def kv_bytes(work: Work) -> dict[str, int]:
     """Bytes of the cache of every role, as `HeadCache` allocates it."""
     g = work.geometry
-    past = 2 * rotary_pairs(g.head_dim)[0]  # what turns in time is kept a second time
+    past = 2 * rotary_pairs(g.head_dim)[0] if work.turns_keys else 0  # what turns in time is kept a second time
     token = {
         role: 2 * (g.chunk + lane.capacity) * g.head_dim + lane.capacity * past for role, lane in work.lanes.items()
     }
@@ -161,7 +162,7 @@ def looked_bytes(work: Work) -> int:
 def turning_bytes(work: Work) -> int:
     """What `HeadCache.advance` adds at most: keys of one layer turned in time, or those of all that are looked at."""
     g = work.geometry
-    past = 2 * rotary_pairs(g.head_dim)[0]
+    past = 2 * rotary_pairs(g.head_dim)[0] if work.turns_keys else 0
     turned = max(max(lane.heads) * lane.capacity for lane in work.lanes.values()) * g.tokens * past
     looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in work.lanes.values())
     looks = 2 * FLOAT * looked * g.chunk * g.tokens * g.head_dim

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import hforce
 from hforce.build import build_backbone, build_sampling, build_stream
+from hforce.cache.heads import HeadCache
 from hforce.cache.roles import (
     Calibration,
     Fingerprint,
@@ -36,7 +37,6 @@ from hforce.cache.roles import (
     margins,
     save_profile,
 )
-from hforce.config import Config, ProfileConfig, RolePolicy
 from hforce.errors import DataError, OutputError, cannot_write
 from hforce.models.base import Backbone
 from hforce.plots import check_plot as check_plot
@@ -45,6 +45,7 @@ from hforce.plots import show as show
 from hforce.probe import GROUPS, MODES, Probe, RollOut, plan
 from hforce.prompts import load_prompts
 from hforce.resources import resource
+from hforce.settings import Config, ProfileConfig, RolePolicy
 from hforce.stream import Take
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,7 @@ def measure(
     rollout, settings = start.rollout, config.profile
     stream = build_stream(measuring(config, backbone, rollout.mode), backbone, rollout.length, rollout.seed)
     wanted = [(chunk, step) for chunk in rollout.chunks for step in range(len(stream.sampling.steps))]
+    assert isinstance(stream.cache, HeadCache), "attention is measured through the cache of the method"
     probe = Probe(stream.cache, wanted, settings.sink_frames, settings.query_stride)
     stream.attend = probe
     for chunk in stream.play([Take(text, rollout.length)]):
@@ -254,10 +256,10 @@ def _calibration(config: Config, backbone: Backbone, rollouts: Sequence[RollOut]
         seeds=tuple(dict.fromkeys(rollout.seed for rollout in rollouts)),
         num_frames=max(rollout.length for rollout in rollouts) * backbone.geometry.chunk,
         size=backbone.size,
-        timesteps=tuple(step.timestep for step in build_sampling(config.sample).steps),
+        timesteps=tuple(step.timestep for step in build_sampling(config.sample, backbone.family).steps),
         dtype=str(weight.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device),
-        attention="sdpa",
+        attention=config.cache.backend,
         mode=config.profile.mode,
         policy=f"{policy.policy}({options})" if options else policy.policy,
         chunks=tuple(sorted({chunk for rollout in rollouts for chunk in rollout.chunks})),

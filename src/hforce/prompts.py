@@ -24,7 +24,7 @@ MOST_SLUG = 80
 LARGEST_SEED = 2**63 - 1
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
-_KEYS = ("prompt", "prompts", "schedule", "name", "seed", "duration")
+_KEYS = ("prompt", "prompts", "schedule", "name", "seed", "duration", "init_image", "init_video")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 
 
@@ -37,6 +37,14 @@ class Shot:
 
 
 @dataclass(frozen=True)
+class Init:
+    """What a video starts from: the path of a picture, or of a video to go on from."""
+
+    path: str
+    is_video: bool = False
+
+
+@dataclass(frozen=True)
 class Item:
     """One video to make: its shots, and what the file says about it (None where it says nothing)."""
 
@@ -45,6 +53,7 @@ class Item:
     seed: int | None = None
     seconds: float | None = None
     line: int = 1
+    init: Init | None = None
 
     def timed(self, seconds: float) -> tuple[Shot, ...]:
         """The shots with their lengths, when the video has `seconds`. Raises DataError when they do not fit."""
@@ -65,8 +74,9 @@ def load_prompts(path: Path | str, grid: Grid = Grid()) -> list[Item]:  # noqa: 
     """The items of a prompt file, or of standard input for "-".
 
     `.txt` (or no suffix): one prompt a line. `.jsonl`: one object a line with `prompt`, `prompts` or `schedule`, and
-    optionally `name`, `seed` and `duration`; `grid` turns moments told in frames or chunks into seconds. Raises
-    InputError for a missing file and DataError for a bad one, with `file:line` of the first 20 faults.
+    optionally `name`, `seed`, `duration`, and `init_image` or `init_video`; `grid` turns moments told in frames or
+    chunks into seconds. Raises InputError for a missing file and DataError for a bad one, with `file:line` of the first
+    20 faults.
     """
     name, text = _read(path)
     lines = list(_lines(text))
@@ -160,7 +170,7 @@ def _parse_object(text: str, number: int, grid: Grid) -> Item:
         shots = tuple(Shot(_checked(prompt, f"prompts[{i}]")) for i, prompt in enumerate(_list(entry, "prompts")))
     else:
         shots = _schedule(_list(entry, "schedule"), seconds, grid)
-    return Item(_name(entry.get("name")), shots, _seed(entry.get("seed")), seconds, number)
+    return Item(_name(entry.get("name")), shots, _seed(entry.get("seed")), seconds, number, _init(entry))
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -223,6 +233,13 @@ def _seed(value: Any) -> int | None:
     if value is not None and (type(value) is not int or not 0 <= value <= LARGEST_SEED):
         raise _Fault(f"seed: expected a whole number from 0 to 2^63 - 1, got {_shown(value)}")
     return value
+
+
+def _init(entry: dict[str, Any]) -> Init | None:
+    given = [key for key in ("init_image", "init_video") if key in entry]
+    if len(given) > 1:
+        raise _Fault("init_image and init_video exclude each other")
+    return Init(_checked(entry[given[0]], given[0]), given == ["init_video"]) if given else None
 
 
 def _name(value: Any) -> str | None:

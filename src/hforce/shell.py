@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 
 import hforce
-from hforce.errors import HforceError, InterruptedRun, RoomError, UsageError
+from hforce.errors import SMALLER, HforceError, InterruptedRun, RoomError, UsageError, is_out_of_memory
 
 UNSEEN = "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of what follows
 GLOBAL = ("-q", "--quiet", "-v", "--verbose", "--debug")  # may stand before or after the command
@@ -58,8 +58,8 @@ def fail_otherwise(error: Exception) -> int:
     if hasattr(error, "format_message"):
         command = getattr(getattr(error, "ctx", None), "command_path", "hforce")
         return fail(UsageError(error.format_message(), f"{command} --help"))
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
-        return fail(RoomError("out of memory", "make the video smaller, or use another --policy or --memory-mode low"))
+    if is_out_of_memory(error):
+        return fail(RoomError("out of memory", SMALLER))
     traceback.print_exception(error)
     say(f"hforce: this is a bug of hforce {hforce.__version__}: {type(error).__name__}")
     return HforceError.exit_code

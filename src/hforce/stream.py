@@ -14,12 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hforce.cache.heads import HeadCache
+from hforce.cache.heads import CacheStats
 from hforce.errors import DataError
+from hforce.geometry import Geometry
 from hforce.models.dit import Attend, CausalWan, TextContext
 from hforce.sampler import Step, few_step, keyed_noise
 
@@ -27,6 +29,25 @@ Noise = Callable[[int, Sequence[int]], Iterator[Tensor]]
 """Chunk number and shape -> draws of noise: the start, then one for every re-noising."""
 
 SETTLING = 2  # chunks after a change of prompt in which the drift gate stays open
+
+
+class Past(Protocol):
+    """What a stream asks of a cache; `HeadCache` says what each of these does."""
+
+    geometry: Geometry
+    now: int
+
+    def reset(self) -> None: ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def advance(self, shot: int = 0, latents: Tensor | None = None, settled: bool = True) -> None: ...
+
+    def forget(self, since: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def stats(self) -> CacheStats: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,10 @@ class Take:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Clean latents [1, F, C, h, w] of chunk `number`, made under prompt number `shot`; seconds spent per stage."""
+    """Clean latents [1, F, C, h, w] of chunk `number`, made under prompt number `shot`; seconds spent per stage.
+
+    Numbers below 0 are of chunks that were given, not made.
+    """
 
     number: int
     shot: int
@@ -82,7 +106,7 @@ class Stream:
     """
 
     model: CausalWan
-    cache: HeadCache
+    cache: Past
     sampling: Sampling
     shape: tuple[int, int, int]
     noise: Noise
@@ -95,7 +119,8 @@ class Stream:
         """Clean chunks, one after the other, as they are made; ends with the script.
 
         script is any iterable, read when its next take begins: a list, or a generator that waits for a person.
-        given [1, F0, C, h, w], clean latents to start from, is taken into the cache first and not yielded.
+        given [1, F0, C, h, w], clean latents to start from, comes first: it is taken into the cache chunk by chunk,
+        and these chunks have numbers below 0.
         Raises DataError at a chunk with values that are not finite; the chunks before it are good.
         """
         self.cache.reset()
@@ -105,7 +130,7 @@ class Stream:
             if shot:
                 self._change_prompt(recent, text, shot)
             elif given is not None:
-                self._take_in(given, text, recent)
+                yield from self._take_in(given, text, recent)
             begun = number
             while take.chunks is None or number - begun < take.chunks:
                 yield self._make(number, number - begun, shot, text, recent)
@@ -123,7 +148,7 @@ class Stream:
         clean = few_step(lambda x, t: self._flow(x, t, text), steps, draws)
         if not bool(torch.isfinite(clean).all()):
             raise DataError(
-                f"chunk {number} holds values that are not finite",
+                f"chunk {number} holds values that are not finite after denoising",
                 mend="try model.dtype=float32; the chunks before it are kept",
             )
         denoised = self.clock()
@@ -142,13 +167,15 @@ class Stream:
         t = torch.full(x.shape[:2], timestep, device=x.device)
         return self.model(x, t, text, self.attend or self.cache.attend)
 
-    def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> None:
+    def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> Iterator[Chunk]:
         """Commits latents that were not made here, in chunks; the first one takes what does not divide."""
         chunk = self.cache.geometry.chunk
         first = given.shape[1] % chunk
-        pieces = [first, *[chunk] * (given.shape[1] // chunk)] if first else [chunk] * (given.shape[1] // chunk)
-        for piece in self._to_device(given).split(pieces, dim=1):
+        sizes = [first, *[chunk] * (given.shape[1] // chunk)] if first else [chunk] * (given.shape[1] // chunk)
+        for number, piece in enumerate(self._to_device(given).split(sizes, dim=1), start=-len(sizes)):
+            start = self.clock()
             self._commit(piece, text, 0, True, recent)
+            yield Chunk(number, 0, piece, {"denoise": 0.0, "commit": self.clock() - start})
 
     def _change_prompt(self, recent: deque[Tensor], text: TextContext, shot: int) -> None:
         if self.switch.rule == "flush":

@@ -44,11 +44,11 @@ def weigh(step: Callable[[], object], device: torch.device) -> Weighed | None:
 
 def tensor_bytes(*things: object) -> int:
     """Bytes of the tensors in modules, and in objects that have modules or tensors as attributes; shared ones once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for x in things for t in _tensors_of(x)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for x in things for t in tensors_of(x)}
     return sum(storages.values())
 
 
-def _tensors_of(thing: object) -> Iterator[Tensor]:
+def tensors_of(thing: object) -> Iterator[Tensor]:
     if isinstance(thing, Tensor):
         yield thing
     elif isinstance(thing, nn.Module):
@@ -57,7 +57,7 @@ def _tensors_of(thing: object) -> Iterator[Tensor]:
     else:
         for value in vars(thing).values():
             if isinstance(value, Tensor | nn.Module):
-                yield from _tensors_of(value)
+                yield from tensors_of(value)
 
 
 class _Scale(TorchDispatchMode):

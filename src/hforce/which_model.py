@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from hforce.models.hub import read_id
 from hforce.resources import presets
 
 DEFAULT, FAMILY = "tiny", "wan2.1"
@@ -17,13 +18,16 @@ TINY = {"dit", "codec"}  # what the metadata of a tiny model holds
 def which_model(told: str) -> tuple[str, str, str]:
     """What -m says -> preset, model.name and model.checkpoint; "" for what is left to the preset and the settings.
 
-    A file is told by its content: what is there and no tiny model counts as Wan2.1's, and is checked when it is loaded.
+    A file is told by its content: what is there and no tiny model counts as Wan2.1's, and is checked when it is loaded;
+    so does a name on the hub.
     It leaves the name to the preset, so that a configuration which names a model is held to it.
     """
     if told in presets():
         return told, told, ""
     if os.path.exists(told):  # noqa: PTH110 (Path.exists fails for what is too long to be a path)
         return DEFAULT if is_tiny(Path(told)) else FAMILY, "", told
+    if read_id(told):
+        return FAMILY, "", told
     is_path = told.endswith(WEIGHT_FILES) or os.sep in told
     return DEFAULT, "" if is_path else told, told if is_path else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.builders import (
 )
 from torch import Tensor
 
+from hforce.attention.backends import make_backend, reasons
 from hforce.attention.dense import BlockCausal
 from hforce.attention.rope import Rope3D
 from hforce.cache.heads import HeadCache
@@ -159,16 +161,15 @@ def test_the_order_of_slots_does_not_matter() -> None:
     play(cache, clip(24, MIXED.layers), [3] * 8)
     part = clip(3, MIXED.layers, seed=1)
     before = chunk_pass(cache.attend, part)
-    for group in cache.groups:
-        for at, lane in enumerate(group.lanes):
-            old = [*lane.slot.values()]
-            new = [old[i] for i in torch.randperm(len(old), generator=torch.Generator().manual_seed(at))]
-            for layer, spans in enumerate(group.heads):
-                begin = sum(last - first for first, last in spans[:at])
-                rows = slice(begin, begin + spans[at][1] - spans[at][0])
-                for store in (group.keys[layer], group.values[layer]):
-                    store[rows, new] = store[rows, old]
-            lane.slot = dict(zip(lane.slot, new, strict=True))
+    for number, lane in enumerate(cache.lanes):
+        old = [*lane.slot.values()]
+        new = [old[i] for i in torch.randperm(len(old), generator=torch.Generator().manual_seed(number))]
+        for layer, row in enumerate(MIXED.roles):
+            if lane.role in row:
+                for store in (cache.store.keys[layer], cache.store.values[layer]):
+                    block = cache.store.block(store, layer, number)
+                    block[:, new] = block[:, old]
+        lane.slot = dict(zip(lane.slot, new, strict=True))
     close(chunk_pass(cache.attend, part), before)
 
 
@@ -235,8 +236,7 @@ def test_no_slot_leaks_and_no_frame_is_lost(
 
 def test_memory_is_the_same_before_the_first_frame_and_after_200_chunks() -> None:
     cache = cache_of(role_map("MMAL", "LLLL", "AAMM"), FORCING, grid=(1, 1))
-    stores = [x for group in cache.groups for x in (*group.keys, *group.values, *group.times)]
-    before, where = cache.stats().nbytes, [x.data_ptr() for x in stores]
+    before, where = cache.stats().nbytes, [x.data_ptr() for x in cache.store.tensors]
     slots = 3 * 6 + 1 * 6 + 4 * 6 + 4 * 15  # A+L, L, L, A: 6 frames; M: 15
     past = slots - 12 * 3  # of which the chunk being made has no second copy of what turns in time
     assert before == 4 * (2 * WIDTH * slots + Rope3D((1, 1), WIDTH).time_dims * past)
@@ -244,7 +244,7 @@ def test_memory_is_the_same_before_the_first_frame_and_after_200_chunks() -> Non
         chunk_pass(cache.attend, numbered_chunk(3 * number, 3))
         cache.advance()
     assert cache.stats().nbytes == before
-    assert [x.data_ptr() for group in cache.groups for x in (*group.keys, *group.values, *group.times)] == where
+    assert [x.data_ptr() for x in cache.store.tensors] == where
     assert cache.stats().frames == {"local": 3, "anchor": 3, "memory": len(held(cache))}
 
 
@@ -393,3 +393,88 @@ def test_only_the_first_chunk_may_be_short() -> None:
     play(cache, clip(12), [3] * 4)
     with pytest.raises(AssertionError, match="first chunk"):
         chunk_pass(cache.attend, clip(1))
+
+
+# Backends that turn the query instead of the keys
+
+
+FEW: Policies = {
+    LOCAL: Local(window=1),
+    ANCHOR: Sink(sink=1, window=1),
+    MEMORY: Memory(sink=1, episodes=1, window=1, chunk=1),
+}
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason='pip install "hforce[kernels]"')
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "policies", "chunk"),
+    [
+        ("reference", ("MMAL", "LAMM"), UNEQUAL, 3),
+        pytest.param("triton", ("LMAA",), FEW, 1, marks=needs_triton),  # few slots: the interpreter is slow
+    ],
+)
+def test_turning_queries_gives_what_turning_keys_gives(
+    name: str, rows: tuple[str, ...], policies: Policies, chunk: int
+) -> None:
+    """A long roll-out with evictions, episodes, a change of prompt, and chunks forgotten and made again."""
+    geometry = Geometry(len(rows), HEADS, WIDTH, GRID, chunk)
+    keys, queries = (
+        HeadCache(geometry, role_map(*rows), policies, backend=make_backend(backend)) for backend in ("sdpa", name)
+    )
+    for number in range(14):
+        for seed in (100 + number, number) if number % 4 == 0 else (number,):  # a noisy pass before the clean one
+            part = clip(chunk if number else 1, len(rows), seed=seed)  # the first chunk is short
+            close(chunk_pass(queries.attend, part), chunk_pass(keys.attend, part))
+        for cache in (keys, queries):
+            cache.advance(shot=number // 7)
+            if number == 7:
+                cache.flush()
+            if number == 10:
+                cache.forget(cache.now - 6)
+        assert placed(queries) == placed(keys)
+    assert any(len(lane.held) < keys.now for lane in keys.lanes)
+    for lane in range(3):
+        for layer in range(len(rows)):
+            close(queries.store.read_keys(layer, lane, chunk + 1), keys.store.read_keys(layer, lane, chunk + 1))
+
+
+def test_turning_queries_needs_no_second_copy() -> None:
+    geometry, roles = Geometry(3, HEADS, WIDTH, GRID), role_map("MMAL", "LLLL", "AAMM")
+    keys, queries = (
+        HeadCache(geometry, roles, FORCING, backend=make_backend(name)).stats().nbytes for name in ("sdpa", "reference")
+    )
+    slots = 8 * 6 + 4 * 15  # L and A: 6 frames; M: 15
+    assert queries == 4 * 2 * WIDTH * TOKENS * slots
+    assert keys - queries == 4 * Rope3D(GRID, WIDTH).time_dims * TOKENS * (slots - 12 * 3)
+
+
+def test_mass_on_frames_is_the_same_when_queries_are_turned() -> None:
+    geometry, policies = Geometry(2, HEADS, WIDTH, GRID), {MEMORY: Window(9)}
+    masses = []
+    for backend in ("sdpa", "reference"):
+        cache = HeadCache(geometry, RoleMap.uniform(MEMORY, 2, HEADS), policies, backend=make_backend(backend))
+        play(cache, clip(12), [3] * 4)
+        q, k, v = clip(3, seed=1)
+        chunk_pass(cache.attend, (q, k, v))
+        masses.append(cache.frame_mass(1, q[1])[0])
+    close(*masses)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "triton", "triton-key"])
+def test_attending_never_waits_for_the_gpu(name: str) -> None:
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    if reason := reasons(device, dtype, 64)[name]:
+        pytest.skip(f"{name} {reason}")
+    roles, geometry = role_map("MMAL"), Geometry(1, HEADS, 64, GRID)
+    cache = HeadCache(geometry, roles, FORCING, dtype, "cuda", make_backend(name))
+    q, k, v = (draw(1, 3 * TOKENS, HEADS, 64, seed=i).to(device, dtype) for i in range(3))
+    for _ in range(6):
+        cache.attend(0, q, k, v)
+        cache.advance()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = cache.attend(0, q, k, v)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(out.isfinite().all())

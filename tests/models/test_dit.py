@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -17,7 +18,7 @@ from hforce.cache.policies.local import Local
 from hforce.cache.policies.memory import Memory
 from hforce.cache.policies.sink import Sink
 from hforce.cache.roles import HeadRole, RoleMap, head_order
-from hforce.models.dit import CausalWan, Gelu, RMSNorm, add_gated, modulate, sinusoid
+from hforce.models.dit import CausalWan, Gelu, RMSNorm, WanConfig, add_gated, modulate, sinusoid
 
 GRID, WIDTH = (2, 3), 12
 DENSE = BlockCausal(Rope3D(GRID, WIDTH), [3])
@@ -159,6 +160,31 @@ def test_half_precision_stays_half_and_near() -> None:
     half = run(wan.bfloat16(), x.bfloat16(), t, text.bfloat16())
     assert half.dtype is torch.bfloat16
     assert (half.float() - exact).norm() < 0.05 * exact.norm()
+
+
+@torch.inference_mode()
+def test_what_half_precision_costs_at_the_depth_of_the_release() -> None:
+    """docs/models.md: rounding the weights, a float32 residual stream around bfloat16 products, and all in bfloat16."""
+    torch.manual_seed(1)
+    wan = CausalWan(WanConfig(dim=256, ffn_dim=1024, layers=30, heads=2, text_dim=64, text_len=16)).eval()
+    for name, value in wan.named_parameters():
+        if value.ndim > 1:
+            value.normal_(std=(wan.config.dim if "modulation" in name else value[0].numel()) ** -0.5)
+    x, text = draw(1, 6, 16, 8, 12), draw(1, 16, 64)
+    attend, t = BlockCausal(Rope3D((4, 6), 128), [3, 3]), torch.full((1, 6), 500.0)
+
+    def flow(model: CausalWan, dtype: torch.dtype) -> Tensor:
+        return run(model, x.bfloat16().to(dtype), t, text.bfloat16().to(dtype), attend).float()
+
+    def error(found: Tensor) -> float:
+        return float((found - exact).norm() / exact.norm())
+
+    exact = run(wan, x, t, text, attend)
+    rounded = copy.deepcopy(wan).bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = error(flow(rounded, torch.float32))
+    errors = error(flow(rounded, torch.float32)), kept, error(flow(wan.bfloat16(), torch.bfloat16))
+    assert 0.002 < errors[0] < errors[1] < 0.01 < errors[2] < 0.02
 
 
 def test_permuted_model_and_roles_are_the_model_as_it_was() -> None:

@@ -45,20 +45,20 @@ def test_every_line_is_reached_or_says_what_it_is_taken_for():
 
 
 def test_what_cannot_be_told_gets_the_settings_of_self_forcing():
-    settings = ("steps", "warp", "shift", "chunk", "first_steps", "window", "sink")
-    style, plain = KNOWN["self-forcing-style"], KNOWN["self-forcing"]
-    assert [getattr(style, name) for name in settings] == [getattr(plain, name) for name in settings]
+    plain = KNOWN["self-forcing"].recipe
+    assert KNOWN["self-forcing-style"].recipe == plain
     assert (plain.steps, plain.warp, plain.shift, plain.chunk, plain.window) == ((1000, 750, 500, 250), True, 5.0, 3, 0)
 
 
 def line(family: Family) -> str:
     """A family as a row of the table in docs/models.md."""
     told = family.told or f"cannot be told, taken for {family.taken_for}"
-    steps = " ".join(map(str, family.steps)) + ("" if family.warp else ", not warped")
-    if family.first_steps:
-        steps += f"; first chunk {' '.join(map(str, family.first_steps))}"
-    memory = f"{family.window}, {family.sink}" if family.window else "all"
-    cells = (family.name, told, family.prefix, steps, f"{family.shift:g}", str(family.chunk), memory, family.note)
+    own = family.recipe
+    steps = " ".join(map(str, own.steps)) + ("" if own.warp else ", not warped")
+    if own.first_steps:
+        steps += f"; first chunk {' '.join(map(str, own.first_steps))}"
+    memory = f"{own.window}, {own.sink}" if own.window else "all"
+    cells = (family.name, told, family.prefix, steps, f"{own.shift:g}", str(own.chunk), memory, family.note)
     return f"| {' | '.join(cells)} |".replace("  ", " ")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hforce.errors import InputError, UnavailableError
-from hforce.models.hub import resolve
+from hforce.errors import ConfigError, InputError, UnavailableError
+from hforce.models.hub import HubId, pin, read_id, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -54,6 +54,59 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     return repo / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("org/name", HubId("org/name")),
+    ("org/name@v2", HubId("org/name", revision="v2")),
+    ("org/name@refs/pr/1:sub/w.pt", HubId("org/name", "sub/w.pt", "refs/pr/1")),
+    ("org/w.pt:w.pt", HubId("org/w.pt", "w.pt")),
+    ("org/w.pt", None), ("huge", None), ("", None), ("org/name@:w.pt", None), ("a" * 5000, None),
+])  # fmt: skip
+def test_a_name_on_the_hub_reads_back(text, expected):
+    assert read_id(text) == expected
+    assert expected is None or str(expected) == text
+
+
+def test_a_revision_goes_with_one_name_on_the_hub():
+    assert read_id("org/name:w.pt", "v2") == read_id("org/name@v2:w.pt", "v2") == HubId("org/name", "w.pt", "v2")
+    with pytest.raises(ConfigError, match="names one revision, v3 is another"):
+        read_id("org/name@v2", "v3")
+    with pytest.raises(ConfigError, match="goes with a name on the hub, not with w.pt"):
+        read_id("w.pt", "v2")
+
+
+def test_a_name_is_pinned_to_the_commit_that_was_found(cache):
+    for text, revision in (("org/name:sub/w.pt", ""), ("org/name:sub/w.pt", "main"), ("org/name@main:sub/w.pt", "")):
+        assert pin(text, revision, offline=True) == f"org/name@{COMMIT}:sub/w.pt"
+    assert pin("org/name", offline=True) == f"org/name@{COMMIT}"
+    assert pin("w.pt", offline=True) == "w.pt"
+
+
+@pytest.mark.parametrize("switch", ["offline", "HF_HUB_OFFLINE"])
+def test_offline_no_socket_is_opened(switch, cache, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr("socket.socket", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", switch == "HF_HUB_OFFLINE")
+    offline = switch == "offline"
+    assert resolve("org/name:sub/w.pt", offline=offline) == cache / "sub" / "w.pt"
+    assert resolve("org/name", offline=offline) == cache
+    with pytest.raises(UnavailableError, match="offline, and not in the cache"):
+        resolve("org/name:other.pt", offline=offline)
+
+
+def test_a_network_that_is_down_is_told_with_the_command(cache, monkeypatch):
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.setattr("socket.socket.connect", unreachable)
+    with pytest.raises(UnavailableError, match="cannot be had") as caught:
+        resolve("org/name:other.pt")
+    assert caught.value.mend == "with a network: hf download org/name other.pt"
 
 
 @pytest.mark.parametrize("revision", ["", "main", COMMIT])

@@ -15,8 +15,8 @@ from tests import builders
 from tests.builders import close
 from torch import Tensor
 
-from hforce.errors import CheckpointError
-from hforce.models.taehv import TAEHV, Bound, MemBlock, Memory, TaehvConfig, TGrow, TPool, load_taew
+from hforce.errors import CheckpointError, InputError
+from hforce.models.taehv import TAEHV, TAEW, Bound, MemBlock, Memory, TaehvConfig, TGrow, TPool, find_taew, load_taew
 from hforce.models.tiny import CODEC
 
 RECORDED = load_file(Path(__file__).parent.parent / "data" / "golden" / "taehv_tiny.safetensors")
@@ -60,6 +60,18 @@ def test_decoding_in_pieces_is_decoding_at_once(name: str, pieces: Sequence[int]
         assert made.shape[1] == 4 * pieces[number] - (0 if number else 3)
         parts.append(made)
     close(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4))
+@settings(max_examples=8, deadline=None)
+def test_encoding_in_pieces_is_encoding_at_once(name: str, pieces: Sequence[int]) -> None:
+    codec, memory, parts = codec_of(name), None, []
+    clip = video(4 * sum(pieces))
+    for piece in clip.split([4 * n for n in pieces], dim=1):
+        latents, memory = codec.encode_stream(piece, memory)
+        parts.append(latents)
+    close(torch.cat(parts, dim=1), codec.encode(clip))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -197,3 +209,23 @@ def test_other_files_are_refused(tmp_path, change, told):
     state = {name: value for name, value in {**RELEASED, **change}.items() if value is not None}
     with pytest.raises(CheckpointError, match=told):
         load_taew(saved(tmp_path / "t.pth", state))
+
+
+@pytest.mark.parametrize("name", TAEW)
+def test_the_tiny_autoencoder_is_found_in_a_release(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    saved(tmp_path / name, RELEASED)
+    assert find_taew(tmp_path) == tmp_path / name
+
+
+def test_a_release_without_a_tiny_autoencoder_tells_where_it_was_looked_for(tmp_path):
+    with pytest.raises(InputError) as caught:
+        find_taew(tmp_path)
+    assert [name for name in (str(tmp_path), *TAEW) if name not in str(caught.value)] == []
+    assert "madebyollin/taehv" in caught.value.mend
+
+
+def test_another_autoencoder_of_that_name_is_not_taken_for_it(tmp_path):
+    saved(tmp_path / "taew2_1.pth", {"encoder.conv1.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"taew2_1.pth holds no TAEHV: it has no tensor encoder.0.weight"):
+        find_taew(tmp_path)

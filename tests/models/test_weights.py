@@ -56,7 +56,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path_factory, kept):
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
     error = refusal(path)
-    assert f"({int(kept * len(data))} bytes)" in str(error)
+    assert f"({int(kept * len(data))} bytes" in str(error)
     assert error.mend == "it was probably cut short: copy or download it again"
 
 

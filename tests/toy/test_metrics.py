@@ -13,7 +13,7 @@ from hforce.toy.motion import PATHS, likeliest_path, path_error
 from hforce.toy.world import HUES, PIXELS, SLOTS, Scene, position, presence, render
 
 RIGHT = [field.name for field in fields(Scores) if field.name.endswith(("_right", "_kept"))] + [
-    "one_object", "one_landmark", "continuity"
+    "one_object", "one_landmark", "continuity", "on_time"
 ]  # fmt: skip
 DISTANCES = ["ghosts", "hue_error", "size_error", "ground_error", "residual"]
 BOUNCING = Scene(
@@ -92,6 +92,7 @@ def test_a_true_film_does_not_drift():
     for scene in (BOUNCING, PASSING):
         changes = drift(read_frames(render(scene, 240)), scene)
         assert set(changes) == {field.name for field in fields(Scores)}
+        changes.pop("on_time")  # neither end shows a return
         assert all(abs(change) < 0.05 for change in changes.values())
 
 
@@ -250,7 +251,8 @@ def test_short_films_are_read(frames):
     scores = score(read_frames(render(BOUNCING, frames)), BOUNCING)
     assert scores.one_object.tolist() == [1]
     changes = drift(read_frames(render(BOUNCING, frames)), BOUNCING)
-    assert [name for name, change in changes.items() if not np.isfinite(change)] == ["continuity"] * (frames == 1)
+    unknown = {name for name, change in changes.items() if not np.isfinite(change)}
+    assert unknown == {"on_time"} | ({"continuity"} if frames == 1 else set())
 
 
 def test_a_long_film_is_read_as_its_parts(monkeypatch):
@@ -368,6 +370,34 @@ def test_a_jump_is_seen_by_continuity_and_a_cut_is_none():
     assert score(read_frames(render_film(cut, 48)), cut.cuts).continuity.tolist() == [1, 1, 1]
     too_fast = render(variant(BOUNCING, speed="fast"), 96)[::2]
     assert (score(read_frames(too_fast), BOUNCING).continuity < 0.2).all()
+
+
+@pytest.mark.parametrize("speed", ["slow", "fast"])
+def test_a_passing_object_is_on_time_on_every_round_but_not_when_it_is_early_or_late(speed):
+    scene = variant(PASSING, speed=speed)
+    around = round(112 / {"slow": 1, "fast": 2}[speed])  # the loop, in frames
+    seen = presence(scene, np.arange(3 * around))
+    gone = int(np.flatnonzero(seen == 0)[0])
+    back = gone + int(np.flatnonzero(seen[gone:] > 0.9999)[0])
+    true = render(scene, 3 * around)
+
+    def judged(video):
+        values = score(read_frames(video), scene).on_time
+        return values[np.isfinite(values)].tolist()
+
+    assert judged(true) == [1.0, 1.0]
+    assert judged(true[: back - 1]) == []  # it was not due yet
+    behind, wait = true[gone][None], round(0.3 * (back - gone))
+    assert judged(np.concatenate([true[:gone], true[gone + wait : 2 * around]]))[0] == 0.0
+    late = judged(np.concatenate([true[:gone], behind.repeat(wait, axis=0), true[gone:]]))
+    assert late[0] == 0.0 and late[-1] == 1.0  # late once, then on time again
+    assert judged(np.concatenate([true[:gone], behind.repeat(2 * around, axis=0)])) == [0.0]  # never back
+    assert judged(true[:1].repeat(2 * around, axis=0)) == []  # it stands, and has not left
+
+
+def test_only_a_passing_object_is_ever_due():
+    assert np.isnan(score(read_frames(render(BOUNCING, 160)), BOUNCING).on_time).all()
+    assert np.isnan(score(read_frames(render(PASSING, 160)), {"color": "red"}).on_time).all()
 
 
 def test_slow_words_allow_less_than_fast_ones():

@@ -16,13 +16,29 @@ from hforce.models.tiny import TinyModel
 from hforce.toy.data import chunk_words, encode_clips, film_of, latent_mask, thing_mask, video_batch, word_ids
 from hforce.toy.evaluate import SHOWN, curves, interval, markdown, sheet
 from hforce.toy.film import Cut, Film, chunk_start, layout
-from hforce.toy.train import Recipe, Run, Trainer, init_weights, make_clips, rate, train_codec, train_transformer
+from hforce.toy.train import (
+    Phase,
+    Recipe,
+    Run,
+    Trainer,
+    init_weights,
+    make_clips,
+    rate,
+    refine,
+    train_codec,
+    train_transformer,
+    with_patch,
+)
 from hforce.toy.world import SLOTS, Scene, render
 
 RECIPE = Recipe(
-    codec_steps=2, codec_batch=2, codec_frames=5, clips=6, steps=3, parts=2, batch=2, first_batch=2, save_every=1
+    codec_steps=2, codec_batch=2, codec_frames=5, clips=6, parts=2, save_every=1,
+    coarse=Phase("coarse", patch=2, steps=3, batch=2, first_batch=2),
+    fine=Phase("fine", patch=1, steps=3, batch=2, first_batch=2),
+)  # fmt: skip
+SMALL = WanConfig(
+    dim=48, ffn_dim=48, layers=2, heads=2, text_dim=16, text_len=8, in_channels=12, out_channels=12, patch=(1, 1, 1)
 )
-SMALL = WanConfig(dim=48, ffn_dim=48, layers=2, heads=2, text_dim=16, text_len=8, in_channels=12, out_channels=12)
 CODEC = TaehvConfig(12, 8, (12, 8, 8, 8), space_down=(1, 2, 1), space_up=(2, 1, 1), patch=4)
 
 
@@ -35,17 +51,21 @@ def train(folder: Path, recipe: Recipe = RECIPE) -> TinyModel:
 
 
 class StoppedRun(Run):
-    """A run that dies right after its second checkpoint of the transformer."""
+    """A run that dies right after its second checkpoint of one phase of the transformer."""
+
+    last = ""
 
     def save(self, name: str, values: dict) -> None:
         super().save(name, values)
-        if name == "transformer.pt" and values["step"] == 2:
+        if name == self.last and values["step"] == 2:
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("phase", ["coarse", "fine"])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, phase):
     whole = train(tmp_path / "whole").state_dict()
     run = StoppedRun(tmp_path / "stopped", RECIPE, "cpu")
+    run.last = f"{phase}.pt"
     torch.manual_seed(RECIPE.seed)
     model = TinyModel(SMALL, CODEC)
     train_codec(run, model)
@@ -67,9 +87,9 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path):
 def test_curves_are_logged(tmp_path):
     train(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"codec", "clips", "transformer", "validation"}
+    assert {line["stage"] for line in lines} == {"codec", "clips", "coarse", "coarse held out", "fine", "fine held out"}
     named = {name: (steps, values) for name, steps, values in curves(tmp_path / "log.jsonl")}
-    assert named["validation clip"][0] == [1, 2, 3]
+    assert named["coarse held out clip"][0] == named["fine held out clip"][0] == [1, 2, 3]
 
 
 def test_latents_are_normalised(tmp_path):
@@ -116,12 +136,29 @@ def test_pieces_for_the_codec_are_short_films_some_with_a_cut():
     assert 0 < len(cuts) < 12 and set(cuts[:, 1].tolist()) <= {0, 4}
 
 
+def test_a_finer_model_begins_as_the_coarse_one_on_pictures_without_detail():
+    """Where the four cells of a patch are alike, each is read as the patch was, and drawn as its mean."""
+    coarse, fine = TinyModel(with_patch(SMALL, 2), CODEC), TinyModel(SMALL, CODEC)
+    init_weights(coarse, 0)
+    torch.nn.init.normal_(coarse.dit.head.head.weight, std=0.1)
+    refine(fine, coarse)
+    patches = torch.randn(1, 12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    cells = patches.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    read = coarse.dit.patch_embedding(cells).repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    torch.testing.assert_close(fine.dit.patch_embedding(cells), read, atol=1e-5, rtol=0)
+    tokens, time = torch.randn(1, 48, 48), torch.randn(1, 3, 48)
+    drawn = coarse.dit.head(tokens, time).unflatten(-1, (4, 12)).mean(dim=-2)
+    torch.testing.assert_close(fine.dit.head(tokens, time), drawn, atol=1e-5, rtol=0)
+    for name, value in coarse.dit.blocks.state_dict().items():
+        assert torch.equal(fine.dit.blocks.state_dict()[name], value)
+
+
 def test_loss_of_a_clip_is_that_of_its_chunks_seen_one_by_one():
     """Teacher forcing in one pass equals predicting each noisy chunk, under its own prompt, after the clean ones."""
     model = TinyModel(SMALL, CODEC)
     init_weights(model, 0)
     torch.nn.init.normal_(model.dit.head.head.weight, std=0.1)
-    rope = Rope3D((4, 4), SMALL.head_dim)
+    rope = Rope3D((8, 8), SMALL.head_dim)
     x0, noisy = torch.randn(2, 2, 9, 12, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([[700.0] * 3 + [300.0] * 3 + [900.0] * 3]).expand(2, -1)
     words = torch.randint(30, (2, 3, 8), generator=torch.Generator().manual_seed(1))

@@ -1,1 +1,1 @@
-"""How tokens attend: rotary positions, and dense attention over whole clips."""
+"""How tokens attend: rotary positions, backends for ragged heads, and dense attention over whole clips."""

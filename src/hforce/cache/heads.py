@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hforce.attention.backends import SDPA
+from hforce.attention.layout import Backend
 from hforce.attention.rope import Rope3D, turn
 from hforce.cache.likeness import DriftGauge, KeyLikeness
 from hforce.cache.policy import CachePolicy, Clock, Frame, Placement
 from hforce.cache.roles import HeadRole, RoleMap
+from hforce.cache.slots import SlotStore, Strip
 from hforce.errors import ConfigError
 from hforce.geometry import Geometry
 
@@ -27,6 +29,7 @@ class CacheStats:
     frames: dict[str, int]
     capacity: dict[str, int]
     mean_frames: float  # frames a head reads when all are held, the chunk included, averaged over heads
+    next_frames: float  # frames a head reads in the next chunk, likewise
 
 
 @dataclass
@@ -40,37 +43,6 @@ class Lane:
     held: list[Frame] = field(default_factory=list)
     placed: Placement = Placement((), ())
     likeness: KeyLikeness | None = None
-
-
-@dataclass
-class Group:
-    """Lanes with the same number of slots, whose heads lie side by side in one store per layer."""
-
-    lanes: list[Lane]
-    heads: list[list[tuple[int, int]]]  # [layer][lane] -> first and last + 1 of its heads, in the model's order
-    keys: list[Tensor]  # per layer [heads, slots, S, D], rotated for the chunk being made
-    values: list[Tensor]  # per layer [heads, slots, S, D]
-    times: list[Tensor]  # per layer [heads, slots - chunk, S, time dims]: what turns in time of past keys, as written
-
-    def rows(self, lane: Lane) -> list[slice]:
-        """Where the lane's heads are in the stores of every layer."""
-        at = self.lanes.index(lane)
-        begins = [sum(last - first for first, last in spans[:at]) for spans in self.heads]
-        return [
-            slice(begin, begin + spans[at][1] - spans[at][0]) for begin, spans in zip(begins, self.heads, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One dense attention of a layer: its heads first .. last - 1, where they write the chunk, and what they read."""
-
-    first: int
-    last: int
-    write_keys: Tensor  # [N, heads, D], views of the stores as are the others
-    write_values: Tensor
-    keys: Tensor  # [1, heads, (F + past) S, D]
-    values: Tensor
 
 
 class HeadCache:
@@ -95,15 +67,22 @@ class HeadCache:
         policies: Mapping[HeadRole, CachePolicy],
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        backend: Backend = SDPA,
     ) -> None:
-        self.geometry, self.roles, self.device = geometry, roles, device
+        self.geometry, self.roles, self.device, self.backend = geometry, roles, device, backend
         self.rope = Rope3D(geometry.grid, geometry.head_dim, geometry.rope_theta, device)
         self._own = self.rope.full(torch.arange(geometry.chunk))[:, None]  # phases of the chunk: times 0 .. F-1
         present = [role for role in HeadRole if roles.counts()[role]]
         if missing := [role for role in present if role not in policies]:
             raise ConfigError(f"{missing[0]} heads have no cache policy", mend=f"set cache.{missing[0]}.policy")
         self.lanes = [Lane(role, policies[role]) for role in present]
-        self.groups = self._allocate(dtype)
+        roles.check(geometry.layers, geometry.heads, "this one")
+        self._spans = [_runs(row) for row in roles.roles]
+        strips = [
+            Strip(lane.policy.capacity, tuple(spans.get(lane.role, (0, 0)) for spans in self._spans))
+            for lane in self.lanes
+        ]
+        self.store = SlotStore(geometry, strips, self.rope, dtype, backend.turns_queries)
         self._looks = self._choose_looks()
         self._looked = {layer for layers in self._looks.values() for layer in layers}
         self.reset()
@@ -132,14 +111,10 @@ class HeadCache:
         if layer in self._looked:
             self._seen[layer] = k[0]
         phase = self._own[: k.shape[1]]
-        query, key = turn(q[0], phase).transpose(0, 1)[None], turn(k[0], phase)
-        outs = []
-        for call in self._calls[layer]:
-            heads = slice(call.first, call.last)
-            call.write_keys.copy_(key[:, heads])
-            call.write_values.copy_(v[0, :, heads])
-            outs.append(F.scaled_dot_product_attention(query[:, heads], call.keys, call.values).transpose(1, 2))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        query, key = turn(q[0], phase), turn(k[0], phase)
+        view = self._views[layer]
+        view.write(key, v[0])
+        return self.backend.attend(query, view)[None]
 
     def advance(self, shot: int = 0, latents: Tensor | None = None, settled: bool = True) -> None:
         """Makes the chunk of the last pass part of the past, asks the policies, and plans the next chunk.
@@ -183,13 +158,12 @@ class HeadCache:
         `block` of them at a time. Returns float32 [H, frames], each row adding up to 1, and the frames' numbers,
         oldest first. All heads must share one role.
         """
-        (group,) = self.groups
-        (lane,) = group.lanes
+        (lane,) = self.lanes
         live, tokens = self._frames + len(lane.held), self.geometry.tokens
         numbers = sorted(lane.slot) + [*range(self.now, self.now + self._frames)]
         slots = [lane.slot[i] for i in sorted(lane.slot)] + [*range(self._frames)]
         query = turn(q[0], self._own[: q.shape[1]]).transpose(0, 1)[:, ::stride].float()
-        keys = group.keys[layer][:, :live].flatten(1, 2).float().transpose(1, 2)
+        keys = self.store.read_keys(layer, 0, live).flatten(1, 2).transpose(1, 2)
         total = torch.zeros(query.shape[0], live, device=query.device)
         for part in query.split(block, dim=1):
             weights = (part @ keys * part.shape[-1] ** -0.5).softmax(dim=-1)
@@ -199,72 +173,30 @@ class HeadCache:
     def stats(self) -> CacheStats:
         """Bytes and frames, now."""
         counts = self.roles.counts()
-        read = sum(counts[lane.role] * (lane.policy.capacity + self.geometry.chunk) for lane in self.lanes)
-        stores = [x for group in self.groups for x in (*group.keys, *group.values, *group.times)]
+        full, now = (
+            sum(counts[lane.role] * past(lane) for lane in self.lanes) / sum(counts.values()) + self.geometry.chunk
+            for past in (lambda lane: lane.policy.capacity, lambda lane: len(lane.held))
+        )
         return CacheStats(
-            nbytes=sum(x.nbytes for x in stores),
+            nbytes=sum(x.nbytes for x in self.store.tensors),
             frames={lane.role.value: len(lane.held) for lane in self.lanes},
             capacity={lane.role.value: lane.policy.capacity for lane in self.lanes},
-            mean_frames=read / sum(counts.values()),
+            mean_frames=full,
+            next_frames=now,
         )
 
-    def _allocate(self, dtype: torch.dtype) -> list[Group]:
-        g = self.geometry
-        self.roles.check(g.layers, g.heads, "this one")
-        runs = [_runs(self.roles.roles[layer]) for layer in range(g.layers)]
-        groups = []
-        for lanes in _neighbours(self.lanes, runs):
-            past = lanes[0].policy.capacity
-            heads = [[runs[layer].get(lane.role, (0, 0)) for lane in lanes] for layer in range(g.layers)]
-            counts = [sum(last - first for first, last in spans) for spans in heads]
-            stores = [
-                [torch.zeros(n, slots, g.tokens, width, dtype=dtype, device=self.device) for n in counts]
-                for slots, width in (
-                    (g.chunk + past, g.head_dim),
-                    (g.chunk + past, g.head_dim),
-                    (past, self.rope.time_dims),
-                )
-            ]
-            groups.append(Group(lanes, heads, *stores))
-        return groups
-
     def _open(self, frames: int) -> None:
-        """Lays out the dense calls of every layer for passes of so many frames.
-
-        Neighbouring lanes of a group that hold equally many frames go together.
-        """
+        """Lays out what every layer reads in passes of so many frames."""
         self._frames = frames
-        self._calls = [
-            sorted((call for group in self.groups for call in self._layer_calls(group, layer)), key=lambda c: c.first)
-            for layer in range(self.geometry.layers)
-        ]
-
-    def _layer_calls(self, group: Group, layer: int) -> Iterator[Call]:
-        spans: list[tuple[int, int, int]] = []  # first and last + 1 head, frames of the past
-        for lane, (first, last) in zip(group.lanes, group.heads[layer], strict=True):
-            if spans and spans[-1][1:] == (first, len(lane.held)):
-                spans[-1] = (spans[-1][0], last, len(lane.held))
-            elif last > first:
-                spans.append((first, last, len(lane.held)))
-        begin = 0
-        for first, last, past in spans:
-            rows = slice(begin, begin + last - first)
-            keys, values = (
-                x[rows, : self._frames + past].flatten(1, 2)[None] for x in (group.keys[layer], group.values[layer])
-            )
-            own = self._frames * self.geometry.tokens
-            write_keys, write_values = (x[0, :, :own].transpose(0, 1) for x in (keys, values))
-            yield Call(first, last, write_keys, write_values, keys, values)
-            begin = rows.stop
+        self._views = self.store.views(frames, [len(lane.held) for lane in self.lanes])
 
     def _choose_looks(self) -> dict[HeadRole, dict[int, slice]]:
         """For every role whose policy looks at pictures, the layers at which it does, and its heads there."""
-        runs = [_runs(row) for row in self.roles.roles]
         looks = {}
         for lane in self.lanes:
             if lane.policy.looks:
-                layers = [layer for layer, spans in enumerate(runs) if lane.role in spans]
-                looks[lane.role] = {layer: slice(*runs[layer][lane.role]) for layer in layers[::LOOK_EVERY]}
+                layers = [layer for layer, spans in enumerate(self._spans) if lane.role in spans]
+                looks[lane.role] = {layer: slice(*self._spans[layer][lane.role]) for layer in layers[::LOOK_EVERY]}
         return looks
 
     def _looked_at(self, lane: Lane) -> list[Tensor]:
@@ -282,18 +214,17 @@ class HeadCache:
     def _plan(self) -> None:
         """Brings the kept frames to their slots and re-encodes them in time, before the next chunk."""
         clock = Clock(self.now, self.geometry.chunk, self.geometry.span)
-        for group in self.groups:
-            for lane in group.lanes:
-                if len(lane.held) > lane.policy.capacity:
-                    held = len(lane.held)
-                    raise ConfigError(f"policy of {lane.role} heads holds {held} frames, more than its capacity")
-                lane.placed = lane.policy.place(lane.held, clock)
-                if lane.held:
-                    self._settle(group, lane)
-                    self._re_encode(group, lane)
+        for number, lane in enumerate(self.lanes):
+            if len(lane.held) > lane.policy.capacity:
+                held = len(lane.held)
+                raise ConfigError(f"policy of {lane.role} heads holds {held} frames, more than its capacity")
+            lane.placed = lane.policy.place(lane.held, clock)
+            if lane.held:
+                self._settle(number, lane)
+                self._re_encode(number, lane)
         self._open(self.geometry.chunk)
 
-    def _settle(self, group: Group, lane: Lane) -> None:
+    def _settle(self, number: int, lane: Lane) -> None:
         """Moves frames until they fill the slots right behind the staging ones, without a hole.
 
         New frames come from staging; older ones move only when a policy drops more frames than arrive.
@@ -305,30 +236,16 @@ class HeadCache:
         moves = {index: next(holes) for index, slot in lane.slot.items() if slot not in past}
         sources, targets = [lane.slot[index] for index in moves], [*moves.values()]
         lane.slot.update(moves)
-        for adopted in (False, True):
-            pairs = [pair for pair in zip(sources, targets, strict=True) if (pair[0] < chunk) == adopted]
-            if not pairs:
-                continue
-            source, target = (torch.tensor(slots, device=self.device) for slots in zip(*pairs, strict=True))
-            for layer, rows in enumerate(group.rows(lane)):
-                keys, values, times = (x[layer][rows] for x in (group.keys, group.values, group.times))
-                moving = keys.index_select(1, source)
-                width = self.rope.time_dims
-                old = moving[..., :width] if adopted else times.index_select(1, source - chunk)
-                times.index_copy_(1, target - chunk, old)
-                keys.index_copy_(1, target, moving)
-                values.index_copy_(1, target, values.index_select(1, source))
+        for is_new in (False, True):
+            if pairs := [pair for pair in zip(sources, targets, strict=True) if (pair[0] < chunk) == is_new]:
+                self.store.move(number, *zip(*pairs, strict=True))
 
-    def _re_encode(self, group: Group, lane: Lane) -> None:
-        """Turns the time part of every held key to its place, always from the key as written: errors do not add up."""
-        chunk, held = self.geometry.chunk, len(lane.held)
-        turns = torch.zeros(held)
+    def _re_encode(self, number: int, lane: Lane) -> None:
+        """Brings every held key from the time it was written at to where its frame is placed."""
+        times = torch.zeros(len(lane.held))
         for frame, distance in zip(lane.placed.frames, lane.placed.distance, strict=True):
-            turns[lane.slot[frame.index] - chunk] = -distance - lane.written[frame.index]
-        phase = self.rope.time(turns)[:, None]
-        for layer, rows in enumerate(group.rows(lane)):
-            turned = turn(group.times[layer][rows, :held], phase)
-            group.keys[layer][rows, chunk : chunk + held, :, : self.rope.time_dims] = turned
+            times[lane.slot[frame.index] - self.geometry.chunk] = -distance - lane.written[frame.index]
+        self.store.turn(number, times)
 
 
 def _with_surprise(frame: Frame, before: Sequence[Frame], likeness: KeyLikeness) -> Frame:
@@ -348,12 +265,3 @@ def _runs(roles: Sequence[HeadRole]) -> dict[HeadRole, tuple[int, int]]:
             raise ConfigError(f"heads of role {role} are not neighbours: order them with roles.head_order first")
         spans[role] = (first, head + 1)
     return spans
-
-
-def _neighbours(lanes: Sequence[Lane], runs: Sequence[Mapping[HeadRole, tuple[int, int]]]) -> list[list[Lane]]:
-    """Lanes grouped by capacity, in the order of their heads."""
-    order = {role: spot for spot, role in enumerate(dict.fromkeys(role for spans in runs for role in spans))}
-    groups: dict[int, list[Lane]] = {}
-    for lane in sorted(lanes, key=lambda lane: order[lane.role]):
-        groups.setdefault(lane.policy.capacity, []).append(lane)
-    return list(groups.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -48,9 +48,16 @@ class Decoder(Protocol):
 
 
 class Codec(Protocol):
-    """Between video and latents. `stride` video frames make a latent frame, but the first latent is one video frame."""
+    """Between video and latents. `stride` video frames make a latent frame, but the first latent is one video frame.
 
+    `name` is what it is called in reports, `channels` C.
+    """
+
+    name: str
     stride: int
+
+    @property
+    def channels(self) -> int: ...
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, 3, H, W] in 0..1, T = stride (n - 1) + 1 -> latents [B, n, C, h, w], normalised."""
@@ -80,7 +87,8 @@ class Source:
 class Backbone:
     """A model ready to stream: shape is (C, h, w) of a latent frame, size (W, H) of the video in pixels.
 
-    `family` is what its weights were recognised as, where they come from one of several releases.
+    `family` is what its weights were recognised as, where they come from one of several releases. With is_random they
+    mean nothing: they are there to be timed.
     """
 
     name: str
@@ -92,11 +100,22 @@ class Backbone:
     size: tuple[int, int]
     fingerprint: str
     family: Family | None = None
+    is_random: bool = False
 
     @property
     def stride(self) -> int:
         """Video frames per latent frame."""
         return self.codec.stride
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the transformer computes."""
+        return self.model.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> str:
+        """Where the transformer is."""
+        return str(self.model.patch_embedding.weight.device)
 
 
 @dataclass(frozen=True)
@@ -115,13 +134,19 @@ class Needs:
     decoding: int
 
 
+DecoderNeeds = Callable[[int], tuple[int, int]]
+"""Latent frames in a chunk -> bytes that a decoder holds between two chunks, and those that decoding one adds."""
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """A model that was found and checked, but whose weights were not read: all that can be known of it before.
 
-    `stride` video frames make a latent frame; the transformer computes in `dtype` on `device`. `packages` are those
-    of the extra `wan` that it takes to run it. `identify` reads what the fingerprint is made of. `read` makes the
-    backbone; told True, with a codec that works on the CPU and is in memory only while it does.
+    `stride` video frames make a latent frame; the transformer computes in `dtype` on `device`. `weigh` tells what it
+    needs with chunks of so many latent frames. `identify` reads what the fingerprint is made of. `read` makes the
+    backbone; told True, with a codec that works on the CPU and is in memory only while it does. `family` and the chunk
+    of the geometry may be replaced: the backbone has those of its blueprint. `packages` are those of the extra `wan`
+    that it takes to run it.
     """
 
     name: str
@@ -132,12 +157,18 @@ class Blueprint:
     stride: int
     dtype: torch.dtype
     device: str
-    needs: Needs
+    weigh: Callable[[int], Needs]
     encode_text: TextEncoder
     identify: Callable[[], str]
     read: Callable[[Blueprint, bool], Backbone]
     family: Family | None = None
     packages: tuple[str, ...] = ()
+    is_random: bool = field(default=False, init=False)
+
+    @property
+    def needs(self) -> Needs:
+        """Bytes of memory that its parts take."""
+        return self.weigh(self.geometry.chunk)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,6 +196,14 @@ class Described(Protocol):
     def size(self) -> tuple[int, int]: ...
     @property
     def stride(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def family(self) -> Family | None: ...
+    @property
+    def is_random(self) -> bool: ...
     @property
     def encode_text(self) -> TextEncoder: ...
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from hforce.models.lora import merged, read_adapter
 from hforce.models.mapped import LazyState, open_weights, shown
 from hforce.models.naming import bare, from_diffusers, is_diffusers
 from hforce.models.sizes import blank, check_fit, read_folder_config, sizes_of
+from hforce.models.weights import check_digests
 
+log = logging.getLogger(__name__)
+
+LARGEST = 1e5  # no trained weight comes near; a flipped bit in an exponent leaps over it
 MEMBERS = ("generator_ema", "generator", "model")  # dicts in which transformers come, the best first
 
 
@@ -58,6 +63,14 @@ def open_checkpoint(path: Path, lora: Path | None = None) -> Checkpoint:
     return Checkpoint(path, recognise(facts), config, whole, member, most_used(state), state.bytes)
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The file itself, or what lies in a folder where `open_weights` looks first."""
+    if path.is_file():
+        return [path]
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.pt")])
+
+
 def with_release_names(raw: LazyState, path: Path) -> tuple[LazyState, str]:
     """The same tensors under the names of the release, and the prefix they had. Raises CheckpointError for doubles."""
     names = {name: bare(name) for name in raw}
@@ -82,18 +95,22 @@ def most_used(state: LazyState) -> torch.dtype:
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> CausalWan:
     """The model with the weights of `checkpoint`, read one tensor after the other, for inference.
 
-    Raises CheckpointError naming the tensors that are not finite in `dtype`.
+    Raises CheckpointError naming the tensors that are not finite in `dtype`, or hold what no trained weight is; where a
+    checksum is known, also for a file that does not have it.
     """
+    if not check_digests(weight_files(checkpoint.path)):
+        log.info("no checksum is known of %s", checkpoint.path)
     model = blank(checkpoint.config)
     weights: dict[str, Tensor] = {}
     odd = []
     for name in model.state_dict():
         # A copy always: what is mapped must not be written to, nor change with its file.
         weights[name] = checkpoint.state[name].to(device=device, dtype=dtype, copy=True).contiguous()
-        if not torch.isfinite(weights[name]).all():
+        if not float(weights[name].abs().max()) <= LARGEST:  # NaN is not, either
             odd.append(name)
     if odd:
-        message = f"{checkpoint.path}: {len(odd)} tensors are not finite as {dtype} ({shown(odd)})"
+        what = f"{len(odd)} tensors are not finite as {dtype}, or above {LARGEST:g}"
+        message = f"{checkpoint.path}: {what} ({shown(odd)})"
         raise CheckpointError(message, "use model.dtype=float32, or get the file again")
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)

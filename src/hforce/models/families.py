@@ -1,4 +1,4 @@
-"""The table of known releases: how each is recognised, and which sampling settings belong to it."""
+"""The table of known releases: how each is recognised, and the recipe by which it streams."""
 
 from __future__ import annotations
 
@@ -23,11 +23,31 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One line of the table. The defaults are Self-Forcing's settings (arXiv 2506.08009).
+class Recipe:
+    """How a release streams. The defaults are Self-Forcing's (arXiv 2506.08009).
 
-    Of a line without `claims` nothing in the file tells: it is taken for the line `taken_for`, and its own settings
-    have to be given. `window` counts the latent frames a chunk sees, itself included, 0 for all; `sink` of them stay.
+    `steps` are timesteps in 0..1000, `first_steps` those of a shot's first chunk (none: the same), looked up in the
+    schedule of `shift` where they are `warp`ed. `chunk` latent frames are denoised together. `window` counts the
+    latent frames a chunk sees, itself included, 0 for all; `sink` of them stay for good.
+    """
+
+    steps: tuple[int, ...] = FOUR
+    first_steps: tuple[int, ...] = ()
+    warp: bool = True
+    shift: float = 5.0
+    chunk: int = 3
+    window: int = 0
+    sink: int = 0
+
+
+SELF_FORCING = Recipe()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of the table.
+
+    Of a line without `claims` nothing in the file tells: it is taken for the line `taken_for`, unless it is named.
     """
 
     name: str
@@ -35,13 +55,7 @@ class Family:
     prefix: str  # what its names begin with
     claims: Callable[[Facts], bool] | None = None
     taken_for: str = ""
-    steps: tuple[int, ...] = FOUR
-    warp: bool = True
-    shift: float = 5.0
-    chunk: int = 3
-    first_steps: tuple[int, ...] = ()
-    window: int = 0
-    sink: int = 0
+    recipe: Recipe = SELF_FORCING
     note: str = ""
 
 
@@ -64,11 +78,12 @@ def _is_student(facts: Facts) -> bool:
 FAMILIES: tuple[Family, ...] = (  # the first that claims a file has it; the last claims all
     Family(
         "longlive", "`generator`, with an adapter of PEFT's names or in `generator_lora`", "`model.`", _is_longlive,
-        window=12, sink=3,
+        recipe=Recipe(window=12, sink=3),
     ),
     Family(
         "krea-realtime-14b", "no dict, names begin with `model.`, width 5120", "`model.`", _is_krea,
-        steps=(*FOUR, 0), note="its own sampler computes the cache anew at every chunk, out of frames of the video",
+        recipe=Recipe(steps=(*FOUR, 0)),
+        note="its own sampler computes the cache anew at every chunk, out of frames of the video",
     ),
     Family(
         "self-forcing", "`generator_ema` alone, or beside `generator` and `critic` where it was trained by oneself",
@@ -77,25 +92,30 @@ FAMILIES: tuple[Family, ...] = (  # the first that claims a file has it; the las
     Family(
         "self-forcing-style", "any other `generator_ema`, `generator` or `model`; or else names that begin with "
         "`model.`, or a config.json with a class `Causal...`", "`model.`, or none", _is_student,
-        note="which release it is cannot be told: the settings are Self-Forcing's, give those that belong to it",
+        note="which release it is cannot be told: it runs as Self-Forcing's unless `model.release` names another",
     ),
-    Family("causvid", "", "`model.`", taken_for="self-forcing-style", steps=(1000, 757, 522), warp=False, shift=8.0),
-    Family("causvid-4step", "", "`model.`", taken_for="self-forcing-style", shift=8.0),
     Family(
-        "rolling-forcing", "", "`model.`", taken_for="self-forcing-style", steps=(1000, 800, 600, 400, 200),
+        "causvid", "", "`model.`", taken_for="self-forcing-style",
+        recipe=Recipe(steps=(1000, 757, 522), warp=False, shift=8.0),
+    ),
+    Family("causvid-4step", "", "`model.`", taken_for="self-forcing-style", recipe=Recipe(shift=8.0)),
+    Family(
+        "rolling-forcing", "", "`model.`", taken_for="self-forcing-style",
+        recipe=Recipe(steps=(1000, 800, 600, 400, 200)),
         note="trained for a sampler of its own, with several chunks denoised together",
     ),
     Family("causal-forcing", "", "`model.`", taken_for="self-forcing-style", note="chunkwise"),
-    Family("causal-forcing-framewise", "", "`model.`", taken_for="self-forcing-style", chunk=1),
+    Family("causal-forcing-framewise", "", "`model.`", taken_for="self-forcing-style", recipe=Recipe(chunk=1)),
     Family(
-        "causal-forcing-2step", "", "`model.`", taken_for="self-forcing-style", steps=(1000, 500), chunk=1,
-        first_steps=FOUR,
+        "causal-forcing-2step", "", "`model.`", taken_for="self-forcing-style",
+        recipe=Recipe(steps=(1000, 500), first_steps=FOUR, chunk=1),
     ),
     Family(
-        "causal-forcing-1step", "", "`model.`", taken_for="self-forcing-style", steps=(1000,), chunk=1, first_steps=FOUR
+        "causal-forcing-1step", "", "`model.`", taken_for="self-forcing-style",
+        recipe=Recipe(steps=(1000,), first_steps=FOUR, chunk=1),
     ),
     Family(
-        "longlive-base", "", "`model.`", taken_for="self-forcing-style", window=12, sink=3,
+        "longlive-base", "", "`model.`", taken_for="self-forcing-style", recipe=Recipe(window=12, sink=3),
         note="an initialisation: give its lora.pt with it",
     ),
     Family(
@@ -113,3 +133,8 @@ FAMILIES: tuple[Family, ...] = (  # the first that claims a file has it; the las
 def recognise(facts: Facts) -> Family:
     """The family a file belongs to by what it holds; its name and its size in bytes play no part."""
     return next(family for family in FAMILIES if family.claims and family.claims(facts))
+
+
+def find_family(name: str) -> Family:
+    """The line of the table that has this name. Raises KeyError."""
+    return {family.name: family for family in FAMILIES}[name]

@@ -13,8 +13,13 @@ from hforce.models.base import Codec, Decoder
 class RestingCodec:
     """Reads the weights of a codec for every piece of work, and lets go of them after it."""
 
-    def __init__(self, load: Callable[[], Codec], stride: int) -> None:
-        self._load, self.stride = load, stride
+    def __init__(self, load: Callable[[], Codec], name: str, stride: int, channels: int) -> None:
+        self._load, self.name, self.stride, self._channels = load, name, stride, channels
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self._channels
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hforce.errors import CheckpointError
+from hforce.errors import CheckpointError, InputError
+from hforce.models.base import DecoderNeeds
 from hforce.models.mapped import Entry
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import count_values, load_strictly
 
+TAEW = ("taew2_1.safetensors", "taew2_1.pth", "vae/taew2_1.safetensors", "vae/taew2_1.pth")
 TAEHV_MARK = "encoder.0.weight"  # a tensor that other autoencoders do not have
 WIDENED = (1, 8, 14, 20)  # layers of the decoder that set its widths
 Memory = list[Tensor]
@@ -158,16 +161,23 @@ class TAEHV(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, T, 3, H, W] in 0..1 -> latents [B, ceil(T / stride), C, h, w]; the last frame fills up."""
+        return self.encode_stream(video, None)[0]
+
+    def encode_stream(self, video: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """As `encode`, for the next frames of a video; memory is what an earlier call returned, None at its start."""
         missing = -video.shape[1] % self.config.stride
         if missing:
             video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
-        latents, _ = _run(self.encoder, F.pixel_unshuffle(video, self.config.patch), None)
-        return latents
+        return _run(self.encoder, F.pixel_unshuffle(video, self.config.patch), memory)
 
     def encode_clip(self, video: Tensor) -> Tensor:
         """video [B, 4(n - 1) + 1, 3, H, W] -> [B, n, C, h, w]: the first frame alone becomes the first latent."""
+        return self.encode(self.lead_in(video))
+
+    def lead_in(self, video: Tensor) -> Tensor:
+        """A video [B, T, 3, H, W] whose first frame is repeated until it fills a latent: [B, T + stride - 1, ...]."""
         first = video[:, :1].expand(-1, self.config.stride - 1, -1, -1, -1)
-        return self.encode(torch.cat([first, video], dim=1))
+        return torch.cat([first, video], dim=1)
 
     def decode_stream(self, latents: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """latents [B, n, C, h, w] and what an earlier call returned (None at the start of a video).
@@ -188,13 +198,24 @@ class TAEHV(nn.Module):
 class TaehvCodec:
     """A TAEHV between video and the transformer's latents, which are its own less a mean and divided by a deviation."""
 
+    name = "taehv"
+
     def __init__(self, net: TAEHV, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
         self.net, self.mean, self.std = net, mean, std
         self.stride = net.config.stride
 
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.net.config.latent_channels
+
     def encode(self, video: Tensor) -> Tensor:
-        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]."""
-        return (self.net.encode_clip(video.to(self.net.device, self.net.dtype)).float() - self.mean) / self.std
+        """video [B, T, 3, H, W] in 0..1 -> latents [B, n, C, h, w]. What it needs does not grow with the video."""
+        parts, memory = [], None
+        for part in self.net.lead_in(video).split(self.stride, dim=1):
+            latents, memory = self.net.encode_stream(part.to(self.net.device, self.net.dtype), memory)
+            parts.append(latents.float())
+        return (torch.cat(parts, dim=1) - self.mean) / self.std
 
     def decoder(self) -> TaehvDecoder:
         """A decoder for a new video."""
@@ -217,6 +238,20 @@ class TaehvDecoder:
         return video[0].float()
 
 
+def find_taew(base: Path) -> Path:
+    """taew2_1 in the folder of a release, or in its vae/. Nothing is downloaded.
+
+    Raises InputError, with all that was looked for, where there is none; CheckpointError where the file is no TAEHV.
+    """
+    path = next((base / name for name in TAEW if (base / name).is_file()), None)
+    if path is None:
+        mend = "get taew2_1.pth or .safetensors from madebyollin/taehv, put it there, or name it: --vae FILE"
+        raise InputError(f"no tiny autoencoder in {base}: looked in vain for {', '.join(TAEW)}", mend)
+    if TAEHV_MARK not in read_weights(path):
+        raise _no_taehv(path, TAEHV_MARK)
+    return path
+
+
 def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TaehvCodec:
     """The codec in taew2_1.safetensors or .pth. It works on the transformer's latents as they are.
 
@@ -229,18 +264,18 @@ def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu
     return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
 
 
-def codec_needs(path: Path, chunk: int, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of the weights, of what a decoder remembers, and of what decoding a chunk of latents h x w adds.
+def codec_needs(path: Path, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, DecoderNeeds]:
+    """Bytes of the weights, and the needs of a decoder of latents h x w.
 
     Only headers are read. Raises what `load_taew` raises.
     """
     config = _config_of(read_weights(path).entries, path)
     with torch.device("meta"):
         weights = count_values(TAEHV(config)) * dtype.itemsize
-    return weights, *decoder_needs(config, chunk, cells, dtype)
+    return weights, partial(decoder_needs, config, cells, dtype)
 
 
-def decoder_needs(c: TaehvConfig, chunk: int, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+def decoder_needs(c: TaehvConfig, cells: tuple[int, int], dtype: torch.dtype, chunk: int) -> tuple[int, int]:
     """Bytes that a decoder remembers, and those that decoding a chunk of latents h x w adds.
 
     Every MemBlock remembers a frame, the old one until the chunk is done, and holds its input five times while it
@@ -263,13 +298,17 @@ def _config_of(entries: Mapping[str, Entry], path: Path) -> TaehvConfig:
     """The sizes of a TAEHV for Wan2.1. Raises CheckpointError when they are not those of one."""
     names = [f"decoder.{layer}.weight" for layer in WIDENED]
     if missing := [name for name in (TAEHV_MARK, *names) if name not in entries]:
-        raise CheckpointError(f"{path} holds no TAEHV: it has no tensor {missing[0]}", "download taew2_1 again")
+        raise _no_taehv(path, missing[0])
     first, second, third, last = (entries[name].shape[0] for name in names)
     expected, channels = TaehvConfig(), entries[names[0]].shape[1]
     if channels != expected.latent_channels:
         message = f"the latents of {path} have {channels} channels, those of Wan2.1 have {expected.latent_channels}"
         raise CheckpointError(message, "use taew2_1")
     return TaehvConfig(channels, entries[TAEHV_MARK].shape[0], (first, second, third, last))
+
+
+def _no_taehv(path: Path, missing: str) -> CheckpointError:
+    return CheckpointError(f"{path} holds no TAEHV: it has no tensor {missing}", "download taew2_1 again")
 
 
 def _trim(net: TAEHV, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,12 +30,14 @@ PACKAGED = Path(__file__).with_name("tiny.safetensors")
 VOCABULARY = tuple((slot, word) for slot, words in SLOTS.items() for word in words)
 WORD_INDEX = {pair: index for index, pair in enumerate(VOCABULARY)}
 DIT = WanConfig(
-    dim=144, ffn_dim=432, layers=8, heads=6, text_dim=32, text_len=len(SLOTS), in_channels=12, out_channels=12
+    dim=144, ffn_dim=432, layers=8, heads=6, text_dim=32, text_len=len(SLOTS), in_channels=12, out_channels=12,
+    patch=(1, 1, 1),
 )  # fmt: skip
 CODEC = TaehvConfig(
     latent_channels=12, encoder_width=32, decoder_widths=(64, 48, 32, 32),
     space_down=(1, 2, 1), space_up=(2, 1, 1), patch=4,
 )  # fmt: skip
+FLOAT = 4  # bytes of a float32
 LATENT_PIXELS = 8  # pixels a latent cell is wide and high
 EXAMPLE = "a slow red circle bouncing sideways on a green striped background"
 
@@ -134,21 +136,43 @@ def open_tiny(source: Source, size: tuple[int, int] | None, device: str, dtype: 
     with torch.device("meta"):
         blank = TinyModel.of_sizes(metadata, path)
     config = blank.dit.config
-    precision = getattr(torch, "float32" if dtype == "auto" else dtype)
-    width, height = size or (PIXELS, PIXELS)
-    shape = (config.in_channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
-    grid = (shape[1] // config.patch[1], shape[2] // config.patch[2])
-    geometry = Geometry(config.layers, config.heads, config.head_dim, grid)
-    held, working = decoder_needs(blank.codec.config, geometry.chunk, shape[1:], torch.float32)
-    needs = Needs(
-        count_values(blank.dit) * precision.itemsize, 4 * count_values(blank.words),
-        4 * (count_values(blank) - count_values(blank.dit) - count_values(blank.words)), 0, held, working,
-    )  # fmt: skip
+    precision = choose_precision(dtype)
+    size = size or (PIXELS, PIXELS)
+    geometry, shape = lay_out(config, size)
     encoder = WordEncoder(blank.words)
     return Blueprint(
-        "tiny", config, geometry, shape, (width, height), blank.codec.config.stride, precision, device, needs,
-        encoder, partial(_identify, path), partial(_read, path, encoder),
+        "tiny", config, geometry, shape, size, blank.codec.config.stride, precision, device,
+        partial(_weigh, blank, shape[1:], precision), encoder, partial(_identify, path), partial(_read, path, encoder),
     )  # fmt: skip
+
+
+def assemble_tiny(tiny: TinyModel, size: tuple[int, int] | None, dtype: str) -> Backbone:
+    """A tiny model that was made, not read, for videos of a size (width, height) in pixels; dtype "auto" is float32."""
+    size = size or (PIXELS, PIXELS)
+    geometry, shape = lay_out(tiny.dit.config, size)
+    tiny.dit.to(choose_precision(dtype))
+    codec = TaehvCodec(tiny.codec, tiny.latent_mean, tiny.latent_std)
+    return Backbone("tiny", tiny.dit, WordEncoder(tiny.words), codec, geometry, shape, size, fingerprint="")
+
+
+def choose_precision(dtype: str) -> torch.dtype:
+    """What a dtype name stands for; "auto" is float32."""
+    return getattr(torch, "float32" if dtype == "auto" else dtype)
+
+
+def lay_out(config: WanConfig, size: tuple[int, int]) -> tuple[Geometry, tuple[int, int, int]]:
+    """For videos of a size (width, height) in pixels: the geometry, and the shape (C, h, w) of a latent frame."""
+    shape = (config.in_channels, size[1] // LATENT_PIXELS, size[0] // LATENT_PIXELS)
+    grid = (shape[1] // config.patch[1], shape[2] // config.patch[2])
+    return Geometry(config.layers, config.heads, config.head_dim, grid), shape
+
+
+def _weigh(blank: TinyModel, cells: tuple[int, int], precision: torch.dtype, chunk: int) -> Needs:
+    """What a model of these sizes needs: its transformer in `precision`, all else in float32."""
+    transformer, words = count_values(blank.dit), count_values(blank.words)
+    codec = count_values(blank) - transformer - words
+    decoding = decoder_needs(blank.codec.config, cells, torch.float32, chunk)
+    return Needs(transformer * precision.itemsize, FLOAT * words, FLOAT * codec, 0, *decoding)
 
 
 def load_codec(path: Path) -> TaehvCodec:
@@ -170,5 +194,5 @@ def _read(path: Path, encoder: WordEncoder, blueprint: Blueprint, rests: bool) -
     tiny.dit.to(b.dtype)
     encoder.words = tiny.words
     whole = TaehvCodec(tiny.codec, tiny.latent_mean, tiny.latent_std)
-    codec = RestingCodec(partial(load_codec, path), b.stride) if rests else whole
-    return Backbone(b.name, tiny.dit, encoder, codec, b.geometry, b.shape, b.size, b.fingerprint)
+    codec = RestingCodec(partial(load_codec, path), whole.name, b.stride, whole.channels) if rests else whole
+    return Backbone(b.name, tiny.dit, encoder, codec, b.geometry, b.shape, b.size, b.fingerprint, b.family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hforce.errors import CheckpointError, DataError
 from hforce.extras import optional
+from hforce.models.base import DecoderNeeds
 from hforce.models.mapped import Entry
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import load_strictly
@@ -42,13 +44,21 @@ Memory = tuple[Features, bool]
 class WanCodec:
     """AutoencoderKLWan between video and normalised latents."""
 
-    stride = STRIDE
+    name, stride, channels = "wan-vae", STRIDE, CHANNELS
 
     def __init__(self, net: Any) -> None:
         self.net = net
-        weight = net.post_quant_conv.weight
-        self.device, self.dtype = weight.device, weight.dtype
         self.mean, self.std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.net.post_quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        return self.net.post_quant_conv.weight.dtype
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -138,18 +148,18 @@ def codec_sizes(entries: Mapping[str, Entry], path: Path) -> dict[str, int]:
     return {"base_dim": width, "decoder_base_dim": decoder_width, "z_dim": channels}
 
 
-def codec_needs(path: Path, chunk: int, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of the weights, of what a decoder remembers, and of what decoding a chunk of latents h x w adds.
+def codec_needs(path: Path, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, DecoderNeeds]:
+    """Bytes of the weights, and the needs of a decoder of latents h x w.
 
     Only headers are read. Raises CheckpointError for another autoencoder.
     """
     entries = read_weights(path).entries
     width = codec_sizes(entries, path)["decoder_base_dim"]
     weights = sum(torch.Size(entry.shape).numel() for entry in entries.values()) * dtype.itemsize
-    return weights, *decoder_needs(width, chunk, cells, dtype)
+    return weights, partial(decoder_needs, width, cells, dtype)
 
 
-def decoder_needs(width: int, chunk: int, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+def decoder_needs(width: int, cells: tuple[int, int], dtype: torch.dtype, chunk: int) -> tuple[int, int]:
     """Bytes that a decoder `width` channels wide at full size remembers, and those that decoding a chunk adds.
 
     It remembers the last two inputs of every convolution in time: channels at latent size and 2, 4 and 8 times that.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hforce.documents import file_digest
 from hforce.errors import CheckpointError, InputError, PermissionDenied
 from hforce.models.dit import CausalWan
 
+LONGEST_HEADER = 1 << 26  # bytes
+BLOBS, SHA256 = "blobs", re.compile("[0-9a-f]{64}")  # the folder of the hub's cache that files lie in, and their names
 SHOWN = 5  # names listed in a message
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 ZIPPED, PICKLED = b"PK\x03\x04", b"\x80"  # what torch.save begins its files with, now and before PyTorch 1.6
@@ -50,10 +55,23 @@ def open_safetensors(path: Path, framework: str = "pt") -> Any:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        message = f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {reason}"
+        size, due = path.stat().st_size, described_bytes(path)
+        lack = f", of {due} that it should have" if due > size else ""
+        message = f"{path} is not a whole safetensors file ({size} bytes{lack}): {reason}"
         pickled = start.startswith((ZIPPED, PICKLED))
         mend = "it is a pickle (.pt): convert it to safetensors" if pickled else way_out(start)
         raise CheckpointError(message, mend) from error
+
+
+def described_bytes(path: Path) -> int:
+    """How long a safetensors file is according to its own header; 0 where that cannot be told."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < LONGEST_HEADER else {}
+        return 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 def first_bytes(path: Path) -> bytes:
@@ -67,6 +85,20 @@ def first_bytes(path: Path) -> bytes:
         raise PermissionDenied(f"may not read {path}", "check who owns the file") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+
+
+def check_digests(files: Iterable[Path]) -> bool:
+    """Whether there are files of which a checksum is known: the hub's cache names large ones by their SHA-256.
+
+    Reads these to their end. Raises CheckpointError for one that was changed since.
+    """
+    named = {file: file.resolve() for file in files}
+    known = {file: blob for file, blob in named.items() if blob.parent.name == BLOBS and SHA256.fullmatch(blob.name)}
+    for file, blob in known.items():
+        if (found := file_digest(blob)) != blob.name:
+            message = f"{file} is damaged: its SHA-256 is {found}, not {blob.name}"
+            raise CheckpointError(message, f"remove {blob} and fetch it again")
+    return bool(known)
 
 
 def way_out(start: bytes) -> str:

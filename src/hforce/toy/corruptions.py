@@ -33,6 +33,7 @@ from hforce.toy.world import (
 HALF = 80  # video frames that a scene is right, and then wrong
 CUTS = (0, 45, 93, 153)  # of a film that leaves a scene and returns to it; where chunks begin
 COLOR_DRIFT, FADE = 40.0, 0.75  # degrees, and the factor on the background, at the end of a slow drift
+DELAY = 12  # video frames by which an object comes back too late
 FAINT = 0.5  # strength of a landmark that is half gone
 
 CHOICES = {**SLOTS, **UNSAID}
@@ -173,6 +174,13 @@ def _never_back(scene: Scene) -> Video:
     return later
 
 
+def _late(scene: Scene) -> Video:
+    """A passing object that has left the picture comes back too late, and goes on from there."""
+    later = _rest(scene)
+    gone = np.flatnonzero(presence(scene, np.arange(HALF, 2 * HALF)) == 0)[0]
+    return np.concatenate([later[:gone], np.repeat(_behind(scene)[None], DELAY, axis=0), later[gone : HALF - DELAY]])
+
+
 STAYING = tuple({"motion": word} for word in SLOTS["motion"] if not word.startswith("passing"))
 PASSING = tuple({"motion": word, "speed": "fast"} for word in SLOTS["motion"] if word.startswith("passing"))
 CORRUPTIONS = (
@@ -186,6 +194,7 @@ CORRUPTIONS = (
     Corruption("flash-back", "continuity", _flash_back, words=STAYING),
     Corruption("second object", "one_object", _second_object),
     Corruption("object does not come back", "one_object", _never_back, words=PASSING),
+    Corruption("object comes back late", "on_time", _late, words=PASSING),
     Corruption("background fades", "tint_kept", _drifting("tint", lambda tint: tint * FADE)),
     Corruption("landmark in another corner", "landmark_kept", _with("corner")),
     Corruption("another landmark", "landmark_kept", _with("landmark")),

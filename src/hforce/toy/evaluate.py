@@ -3,7 +3,8 @@
     python -m hforce.toy.evaluate --out docs/tiny-model
 
 Two kinds of films, of held-out scenes: a single scene, and one that leaves its first scene and returns to it. What no
-prompt says is judged in the last second, against when the scene was first seen.
+prompt says is judged in the last second, against when the scene was first seen. Five seconds are as long as the window,
+so under that cache the model sees all that it saw in training: what another one has less is the price of that cache.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from hforce.build import build_backbone, build_plan, build_script, build_stream
-from hforce.config import Config, load_config
+from hforce.config import load_config
 from hforce.generate import decoded, to_bytes
 from hforce.models.base import Backbone
 from hforce.prompts import Shot
+from hforce.settings import Config
 from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import Scores, read_frames, score
 from hforce.toy.world import FPS, Scene, sentence
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 FRAMES = 81
 PROMPT_SEED = 20_000_000  # scenes are drawn from this seed; training draws its clips from seeds 0 and 1 000 000
 BACK_BY = 57  # video frame by which a returning film is back in a scene it left, so that its last second is all in it
+SETUPS = ("window", "head-forcing")  # that the model is judged under; pictures are of the last
 SHOWN = ("color_right", "shape_right", "ground_right", "pattern_right", "one_object", "motion_right", "mark_kept",
          "hue_kept", "size_kept", "tint_kept", "landmark_kept", "residual")  # fmt: skip
 
@@ -66,6 +70,10 @@ def generate(config: Config, backbone: Backbone, film: Film, seed: int, frames: 
     stream = build_stream(config, backbone, plan.total, seed)
     script = build_script(shots, plan, backbone)
     return np.concatenate([frames for _, frames, _ in decoded(stream, script, backbone)])
+
+
+def _from_text(config: Config, backbone: Backbone, number: int, film: Film) -> Video:
+    return generate(config, backbone, film, number)
 
 
 def through_codec(backbone: Backbone, video: Video) -> Video:
@@ -119,26 +127,30 @@ def sheet(videos: Sequence[Video], path: Path, moments: int = 8) -> None:
 def curves(log_file: Path) -> Iterator[tuple[str, list[float], list[float]]]:
     """Training curves out of log.jsonl: name, steps, values."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
-    for stage, value in (("codec", "psnr"), ("validation", "clip"), ("validation", "first"), ("transformer", "loss")):
+    parts = [("codec", "psnr")]
+    for phase in ("coarse", "fine"):
+        parts += [(phase, "loss"), (f"{phase} held out", "clip"), (f"{phase} held out", "first")]
+    for stage, value in parts:
         chosen = [line for line in lines if line["stage"] == stage]
         yield f"{stage} {value}", [line["step"] for line in chosen], [line[value] for line in chosen]
 
 
 def plot_curves(log_file: Path, path: Path) -> None:
-    """Codec quality on the left, losses of the transformer on the right."""
+    """A panel for each stage that is trained: quality of the codec, losses of the transformer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    for name, steps, values in curves(log_file):
-        (left if name.startswith("codec") else right).plot(steps, values, label=name, linewidth=1)
-    left.set(title="codec", xlabel="step", ylabel="PSNR of training batches, dB")
-    right.set(title="transformer", xlabel="step", ylabel="weighted flow loss", yscale="log")
-    for axes in (left, right):
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 3.5), layout="constrained")
+    for axes, stage in zip(panels, ("codec", "coarse", "fine"), strict=True):
+        for name, steps, values in curves(log_file):
+            if name.startswith(stage):
+                axes.plot(steps, values, label=name.removeprefix(f"{stage} "), linewidth=1)
+        axes.set(title=stage, xlabel="step", ylabel="weighted flow loss", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
+    panels[0].set(ylabel="PSNR of training batches, dB", yscale="linear")
     figure.savefig(path, dpi=110)
 
 
@@ -152,19 +164,20 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options.out.mkdir(parents=True, exist_ok=True)
-    config = load_config(overrides=options.overrides)
-    backbone = build_backbone(config)
+    configs = {setup: load_config(overrides=[*options.overrides, f"cache.setup={setup}"]) for setup in SETUPS}
+    backbone = build_backbone(configs[SETUPS[0]])
     makers: dict[str, Callable[[int, Film], Video]] = {
         "truth": lambda _, film: render_film(film, FRAMES),
         "truth through the codec": lambda _, film: through_codec(backbone, render_film(film, FRAMES)),
-        "tiny model, from text": lambda i, film: generate(config, backbone, film, i),
     }
+    for setup, config in configs.items():
+        makers[f"tiny model, {setup}"] = partial(_from_text, config, backbone)
     for kind, films in {"single": single_films, "returning": returning_films}.items():
         results = {name: judge(films(options.videos), make) for name, make in makers.items()}
         tables = {name: table for name, (table, _) in results.items()}
         (options.out / f"{kind}.md").write_text(markdown(tables))
         (options.out / f"{kind}.json").write_text(json.dumps(tables, indent=1))
-        sheet(results["tiny model, from text"][1][:12], options.out / f"{kind}.png")
+        sheet(results[f"tiny model, {SETUPS[-1]}"][1][:12], options.out / f"{kind}.png")
         log.info("%s", markdown(tables))
     if options.log.exists():
         plot_curves(options.log, options.out / "curves.png")

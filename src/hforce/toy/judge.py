@@ -107,17 +107,17 @@ def measured(scores: Scores) -> Tally:
     """The measures that are fractions, over the seconds that have something to judge."""
     names = [field.name for field in fields(Scores)]
     values = {name: getattr(scores, name) for name in names if name.endswith(("_right", "_kept", "continuity"))}
-    values |= {"one_object": scores.one_object, "one_landmark": scores.one_landmark}
+    values |= {name: getattr(scores, name) for name in ("one_object", "one_landmark", "on_time")}
     return {name: (float(np.nansum(value)), float(np.isfinite(value).sum())) for name, value in values.items()}
 
 
 def judge_corruption(corruption: Corruption, count: int) -> Finding:
-    """What its measure makes of so many corrupted videos. A flash-back is short: its worst second counts."""
+    """What its measure makes of so many corrupted videos. A jump or a late return is short: its worst second counts."""
     ends = []
     for number in range(count):
         video, asked = corruption.make(np.random.default_rng((SEED, CORRUPTIONS.index(corruption), number)))
         values = getattr(score(read_frames(video), asked), corruption.measure)
-        if corruption.measure == "continuity":
+        if corruption.measure in ("continuity", "on_time"):
             ends.append((np.nanmin(values[: len(values) // 2]), np.nanmin(values[len(values) // 2 :])))
         else:
             ends.append((_mean(values[:EDGE]), _mean(values[-EDGE:])))

@@ -28,6 +28,7 @@ TINT_TOLERANCE = 0.06  # the same for the background's tones, over their brightn
 JUMP = 1.5  # pixels by which an object may move further in a frame than its speed allows: it is read that exactly
 HIDDEN = LOOP - PIXELS + 2 * MARGIN  # pixels of its loop on which a passing object is not fully seen
 PATIENCE = 1.1  # a passing object may stay away a tenth longer than it should
+PUNCTUAL = 0.15  # share of its time out of the picture by which a passing object's return may be early or late
 EDGE_SECONDS = 5  # `drift` compares the last so many seconds with the first
 
 Array = NDArray[Any]
@@ -40,8 +41,9 @@ class Scores:
     Fractions 0..1 of the frames, 1 is best: color_right, shape_right (of an object fully in the picture), ground_right,
     pattern_right, motion_right (motion, speed and lane, in any phase), one_object and one_landmark (exactly one,
     wherever one should be seen), continuity (the object moved no further than its speed allows since the frame before),
-    and mark_kept, hue_kept, size_kept, tint_kept, landmark_kept (which one and where, and no other): as when the scene
-    was first seen, for no prompt says them.
+    on_time (of the returns of a passing object, those that come when its way round is done; one that is overdue counts
+    as missed), and mark_kept, hue_kept, size_kept, tint_kept, landmark_kept (which one and where, and no other): as
+    when the scene was first seen, for no prompt says them.
     Distances, 0 is best: ghosts (area of what should not be there, in areas of the object), hue_error (degrees),
     size_error (pixels) and ground_error (rms 0..1) from when the scene was first seen, residual (rms 0..1) from a clean
     drawing. sharpness: steepness of the object's edge over that when the scene was first seen; 1 is unchanged.
@@ -55,6 +57,7 @@ class Scores:
     one_object: Array
     one_landmark: Array
     continuity: Array
+    on_time: Array
     mark_kept: Array
     hue_kept: Array
     size_kept: Array
@@ -87,6 +90,7 @@ def score(reading: Reading, asked: Asked, fps: int = FPS) -> Scores:
         "one_object": (each_stretch(plan, lambda part: _one_object(reading, part)), always),
         "one_landmark": (_one_landmark(reading), always),
         "continuity": (_continuity(reading, plan), always),
+        "on_time": (each_stretch(plan, lambda part: _on_time(reading, part)), always),
         "mark_kept": (_says(reading.mark, first_seen(plan, reading.mark, whole, fps, _commonest)), whole),
         "landmark_kept": (_landmark_kept(reading, plan, fps), always),
         "ghosts": (reading.ghosts, always),
@@ -169,6 +173,29 @@ def _continuity(reading: Reading, plan: Sequence[Stretch]) -> Array:
     judged = plain & np.concatenate([[False], plain[:-1]])
     judged[[part.begin for part in plan]] = False
     return np.where(judged, step <= speed + JUMP, np.nan)
+
+
+def _on_time(reading: Reading, part: Stretch) -> Array:
+    """1 for the frame of a stretch in which a passing object comes back when it should, 0 where it does early or late.
+
+    0 too for the frame from which on it is overdue, nan for all others. It comes back when it is fully seen again on
+    the other side of the picture.
+    """
+    found = np.full(part.end - part.begin, np.nan)
+    if not part.words.get("motion", "").startswith("passing"):
+        return found
+    size, x = reading.size[part.frames], reading.x[part.frames]
+    seen = np.flatnonzero(reading.whole[part.frames] & np.isfinite(size))
+    if not len(seen):
+        return found
+    away = (LOOP - PIXELS + 2 * np.median(size[seen])) / SPEEDS[part.words.get("speed", "slow")]
+    lateness = np.diff(seen, append=len(found)) / away - 1
+    crossed = np.abs(np.diff(x[seen])) > PIXELS / 2
+    returns = seen[1:][crossed]
+    found[returns] = np.abs(lateness[:-1][crossed]) <= PUNCTUAL
+    overdue = seen[lateness > PUNCTUAL] + round(away * (1 + PUNCTUAL))
+    found[overdue[overdue < len(found)]] = 0
+    return found
 
 
 def _one_landmark(reading: Reading) -> Array:

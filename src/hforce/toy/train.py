@@ -2,10 +2,11 @@
 
     python -m hforce.toy.train --out build/tiny
 
-Three stages, each resumed from its last checkpoint: the codec, the encoded clips, the transformer. Every batch is drawn
-from a generator keyed by (seed, step), so an interrupted run continues as if nothing had happened. Curves go to
-log.jsonl. The transformer is trained by flow matching with teacher forcing (clean clip beside the noisy one, a noise
-level per chunk, the clean side lightly noised half of the time so that it forgives its own mistakes).
+Four stages, each resumed from its last checkpoint: the codec, the encoded clips, the transformer on coarse tokens
+(2 x 2 latent cells each, a quarter of the work), the transformer on the tokens it ships with. Every batch is drawn from
+a generator keyed by (seed, step), so an interrupted run continues as if nothing had happened. Curves go to log.jsonl.
+The transformer is trained by flow matching with teacher forcing (clean clip beside the noisy one, a noise level per
+chunk, the clean side lightly noised half of the time so that it forgives its own mistakes).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,12 +28,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hforce.attention.dense import BlockCausal, plain_softmax
 from hforce.attention.rope import Rope3D
+from hforce.models.dit import WanConfig
 from hforce.models.tiny import LATENT_PIXELS, TinyModel
 from hforce.toy.data import CHUNKS, LATENTS, Clips, encode_clips, load_clips, save_clips, video_batch
 from hforce.toy.world import PIXELS
 
 log = logging.getLogger(__name__)
 CHUNK, TRAIN_STEPS = 3, 1000  # latent frames per chunk; timesteps run 0..1000
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training of the transformer."""
+
+    name: str
+    patch: int  # latent cells that a token is wide and high
+    steps: int
+    batch: int  # clips in a step
+    first_batch: int  # first chunks on their own, extra in every step: they are the hardest
 
 
 @dataclass(frozen=True)
@@ -46,11 +59,10 @@ class Recipe:
     codec_lr: float = 4e-3
     latent_noise: float = 0.04  # added to latents while the codec learns, so that it forgives the transformer's errors
     clips: int = 5000
-    steps: int = 1150
+    coarse: Phase = Phase("coarse", patch=2, steps=1150, batch=12, first_batch=32)
+    fine: Phase = Phase("fine", patch=1, steps=640, batch=8, first_batch=16)
     parts: int = 4  # of every batch, each worked on by one thread: faster than many threads inside an operation
-    batch: int = 12
     views: int = 2  # noisy copies of every clip, beside one clean
-    first_batch: int = 32  # first chunks on their own, extra in every step: they are the hardest
     lr: float = 2.5e-3
     adam_lr: float = 2e-3
     warmup: int = 40
@@ -231,46 +243,78 @@ class Trainer:
 
 
 def train_transformer(run: Run, model: TinyModel, clips: Clips) -> TinyModel:
-    """Stage 3: the transformer and the words. Returns the moving average of the weights, which is what ships."""
-    recipe = run.recipe
-    init_weights(model, recipe.seed)
+    """Stages 3 and 4: the transformer and the words, on coarse tokens first, which cost a quarter.
+
+    Returns the moving average of the weights, which is what ships.
+    """
+    coarse = TinyModel(with_patch(model.dit.config, run.recipe.coarse.patch), model.codec.config).to(run.device)
+    same = {name: value for name, value in model.state_dict().items() if not name.startswith("dit.")}
+    coarse.load_state_dict(same, strict=False)
+    init_weights(coarse, run.recipe.seed)
+    coarse = train_phase(run, coarse, clips, run.recipe.coarse)
+    refine(model, coarse)
+    return train_phase(run, model, clips, run.recipe.fine)
+
+
+def train_phase(run: Run, model: TinyModel, clips: Clips, phase: Phase) -> TinyModel:
+    """Trains transformer and words. Returns the moving average of the weights."""
+    recipe, file = run.recipe, f"{phase.name}.pt"
     average = copy.deepcopy(model)
     learned = nn.ModuleDict({"dit": model.dit, "words": model.words})
     optimizer = Optimizer(learned, recipe.lr, recipe.adam_lr, lambda n, p: "blocks" in n and p.ndim == 2)
-    start = _resume(run, "transformer.pt", model, optimizer, average)
+    start = _resume(run, file, model, optimizer, average)
     trainer, judge = Trainer(model, recipe, run.device), Trainer(average, recipe, run.device)
     held_out = encode_held_out(run, model)
     # The plain form of attention to the text: its backward pass is much faster on a CPU.
     with sdpa_kernel(SDPBackend.MATH), ThreadPoolExecutor(min(recipe.parts, os.cpu_count() or 1)) as workers:
-        for step in range(start, recipe.steps):
-            work = [workers.submit(part_of_step, trainer, clips, optimizer, step, i) for i in range(recipe.parts)]
-            parts = [part.result() for part in work]
-            gradients = [torch.stack(shares).mean(dim=0) for shares in zip(*(part[0] for part in parts), strict=True)]
-            optimizer.step(gradients, rate(step, recipe.steps, recipe))
+        for step in range(start, phase.steps):
+            numbers = range(step * recipe.parts, (step + 1) * recipe.parts)
+            work = [workers.submit(part_of_step, trainer, clips, phase, optimizer, number) for number in numbers]
+            results = [part.result() for part in work]
+            gradients = [torch.stack(shares).mean(dim=0) for shares in zip(*(r[0] for r in results), strict=True)]
+            optimizer.step(gradients, rate(step, phase.steps, recipe))
             _follow(average, model, min(recipe.ema, (step + 1) / (step + 10)))
             if step % 20 == 0:
-                losses = (sum(values) / recipe.parts for values in zip(*(part[1] for part in parts), strict=True))
-                run.note(stage="transformer", step=step, **dict(zip(("loss", "first"), losses, strict=True)))
-            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-                run.note(stage="validation", step=step + 1, **validate(judge, held_out, run.device))
+                losses = (sum(values) / recipe.parts for values in zip(*(r[1] for r in results), strict=True))
+                run.note(stage=phase.name, step=step, **dict(zip(("loss", "first"), losses, strict=True)))
+            if (step + 1) % recipe.save_every == 0 or step + 1 == phase.steps:
+                run.note(stage=f"{phase.name} held out", step=step + 1, **validate(judge, held_out, run.device))
                 state = {"step": step + 1, "model": model.state_dict(), "average": average.state_dict()}
-                run.save("transformer.pt", {**state, "optimizer": optimizer.state()})
+                run.save(file, {**state, "optimizer": optimizer.state()})
     return average
 
 
 def part_of_step(
-    trainer: Trainer, clips: Clips, optimizer: Optimizer, step: int, part: int
+    trainer: Trainer, clips: Clips, phase: Phase, optimizer: Optimizer, number: int
 ) -> tuple[Sequence[Tensor], tuple[float, float]]:
-    """The gradients of one part of a batch, and its losses on clips and on first chunks."""
+    """The gradients of part `number` of the phase, counted over all steps; its losses on clips and on first chunks."""
     recipe, device = trainer.recipe, trainer.device
-    number = step * recipe.parts + part
     generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + number)
-    batch, first_batch = recipe.batch // recipe.parts, recipe.first_batch // recipe.parts
+    batch, first_batch = phase.batch // recipe.parts, phase.first_batch // recipe.parts
     drawing = torch.Generator().manual_seed(number)
     picks = torch.randint(recipe.clips, (batch + first_batch,), generator=drawing)
     loss = trainer.clip_loss(clips.batch(picks[:batch], device), generator)
     first = trainer.first_loss(clips.batch(picks[batch:], device), generator)
     return torch.autograd.grad(loss + first, optimizer.parameters), (loss.item(), first.item())
+
+
+def with_patch(config: WanConfig, side: int) -> WanConfig:
+    """The same sizes with tokens of side x side latent cells."""
+    return replace(config, patch=(1, side, side))
+
+
+@torch.no_grad()
+def refine(fine: TinyModel, coarse: TinyModel) -> None:
+    """Gives a model with tokens of one latent cell the weights of one with larger tokens.
+
+    A cell is read as if the whole larger patch were like it, and drawn as the mean of that patch.
+    """
+    state = coarse.state_dict()
+    embedding, (_, p, q) = state["dit.patch_embedding.weight"], coarse.dit.config.patch
+    state["dit.patch_embedding.weight"] = embedding.sum(dim=(3, 4), keepdim=True)
+    for name in ("dit.head.head.weight", "dit.head.head.bias"):
+        state[name] = state[name].unflatten(0, (p * q, -1)).mean(dim=0)
+    fine.load_state_dict(state)
 
 
 def encode_held_out(run: Run, model: TinyModel, count: int = 32) -> Clips:
@@ -335,13 +379,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for checkpoints and curves")
     parser.add_argument("--weights", type=Path, default=Path("src/hforce/models/tiny.safetensors"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, default=Recipe.fine.steps, help="of the last stage")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.threads:
         torch.set_num_threads(options.threads)
-    run = Run(options.out, Recipe(steps=options.steps), options.device)
+    run = Run(options.out, Recipe(fine=replace(Recipe.fine, steps=options.steps)), options.device)
     torch.manual_seed(run.recipe.seed)
     model = TinyModel().to(run.device)
     train_codec(run, model)

@@ -33,12 +33,17 @@ def make_policy(name: str, /, **options: Any) -> CachePolicy:
     """
     if name not in POLICIES:
         raise ConfigError(f"unknown cache policy {name!r}{_nearest(name, POLICIES)}", mend=_known(POLICIES))
-    legal = [option.name for option in fields(POLICIES[name])]
+    legal = options_of(name)
     for option in options:
         if option not in legal:
             message = f"cache policy {name!r} has no option {option!r}{_nearest(option, legal)}"
             raise ConfigError(message, mend=_known(legal))
     return POLICIES[name](**options)
+
+
+def options_of(name: str) -> list[str]:
+    """The options that a policy has; none where there is no such policy."""
+    return [option.name for option in fields(POLICIES[name])] if name in POLICIES else []
 
 
 def fits(policy: CachePolicy, chunk: int, span: int, role: str = "<role>") -> None:

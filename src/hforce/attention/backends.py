@@ -1,0 +1,173 @@
+"""Attention backends: name -> function, "auto", and why one cannot be had."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hforce.attention import reference
+from hforce.attention.layout import Attention, Backend, LayerView
+from hforce.attention.timing import Layer, enter, race
+from hforce.errors import BackendError
+from hforce.rules import nearest
+
+AUTO = "auto"
+HOPPER, AMPERE = 9, 8  # major compute capabilities
+WIDEST = 128  # head dim up to which the tiles of the Triton kernel fit into shared memory
+FLASH_WIDEST = 256
+
+# cuDNN is the faster of the two on Hopper, FlashAttention-2 before it; each is skipped where it cannot run.
+_CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+_FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+_ALWAYS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A backend as the table has it: imported only when it is asked for."""
+
+    load: Callable[[], Attention]
+    lacks: Callable[[torch.device, torch.dtype, int], str]  # device, dtype, head dim -> the reason; "": it can run
+    turns_queries: bool = False
+    is_fast: bool = True  # a candidate for "auto"
+
+
+def attend_dense(query: Tensor, view: LayerView) -> Tensor:
+    """One scaled_dot_product_attention for every run of heads that read equally many tokens."""
+    query = query.transpose(0, 1)[None]
+    with _vendor_kernels(query.device):
+        outs = [
+            F.scaled_dot_product_attention(query[:, run.first : run.last], run.keys[None], run.values[None])
+            for run in view.runs
+        ]
+    out = torch.cat([out.transpose(1, 2) for out in outs], dim=2) if len(outs) > 1 else outs[0].transpose(1, 2)
+    return out[0]
+
+
+def attend_varlen(query: Tensor, view: LayerView) -> Tensor:
+    """All heads in one call of PyTorch's varlen attention: every head is a sequence, as long as the device says."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    tokens, heads, width = query.shape
+    begins = torch.arange(0, (heads + 1) * tokens, tokens, device=query.device, dtype=torch.int32)
+    sequences = query.transpose(0, 1).reshape(heads * tokens, 1, width)
+    keys, values = view.keys[:, None], view.values[:, None]
+    out = varlen_attn(sequences, keys, values, begins, view.begin, tokens, view.longest, seqused_k=view.length)
+    assert isinstance(out, Tensor), "a second result comes only when it is asked for"
+    return out.view(heads, tokens, width).transpose(0, 1)
+
+
+def make_backend(name: str) -> Backend:
+    """The backend that the table calls `name`, whether or not it can run here."""
+    entry = BACKENDS[name]
+    return Backend(name, entry.load(), entry.turns_queries)
+
+
+def turns_queries(name: str) -> bool:
+    """Whether the backend called `name` turns its queries, so that keys are kept once; False where that is not settled.
+
+    Raises nothing for a name that is not in the table, as "auto" is not: which one that will be, only a race tells.
+    """
+    return name in BACKENDS and BACKENDS[name].turns_queries
+
+
+def reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+    """Every backend, and why it cannot be had for such tensors; "" where it can."""
+    return {name: entry.lacks(device, dtype, head_dim) for name, entry in BACKENDS.items()}
+
+
+def check_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises BackendError where there is no such backend, or where it cannot run on such tensors; loads nothing."""
+    if name not in (*BACKENDS, AUTO):
+        message = f"unknown attention backend {name!r}{nearest(name, (*BACKENDS, AUTO))}"
+        raise BackendError(message, f"use one of: {', '.join((*BACKENDS, AUTO))}")
+    lacking = reasons(device, dtype, head_dim)
+    if lacking.get(name):
+        able = ", ".join([*(known for known, reason in lacking.items() if not reason), AUTO])
+        raise BackendError(f"attention backend {name!r} {lacking[name]}", f"can be had here: {able}")
+
+
+def choose_backend(name: str, layer: Layer, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called `name`, or with "auto" the one that is fastest on such a layer.
+
+    "auto" times the fast ones that can run, once, on random keys; where `sdpa` is the only one, as on a CPU, nothing
+    is timed. Raises what `check_backend` raises.
+    """
+    check_backend(name, device, dtype, layer.head_dim)
+    if name != AUTO:
+        return make_backend(name)
+    lacking = reasons(device, dtype, layer.head_dim)
+    able = [make_backend(known) for known, entry in BACKENDS.items() if entry.is_fast and not lacking[known]]
+    if len(able) == 1:
+        return able[0]
+    seconds = race([enter(backend, layer, device, dtype) for backend in able], device)
+    return able[seconds.index(min(seconds))]
+
+
+def _vendor_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On CUDA the kernels that scaled_dot_product_attention tries, the fastest first; elsewhere torch's own choice."""
+    if device.type != "cuda":
+        return nullcontext()
+    is_hopper = torch.cuda.get_device_capability(device)[0] >= HOPPER
+    return sdpa_kernel([*(_CUDNN_FIRST if is_hopper else _FLASH_FIRST), *_ALWAYS], set_priority=True)
+
+
+def _lacks_nothing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return ""
+
+
+def _varlen_lacks(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    if device.type != "cuda":
+        return f"needs a CUDA device, and the model is on {device.type}"
+    if torch.cuda.get_device_capability(device)[0] < AMPERE:
+        return "needs a GPU of the Ampere generation or later"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, and the model is in {str(dtype).removeprefix('torch.')}"
+    if head_dim > FLASH_WIDEST or head_dim % 8:
+        return f"needs heads of a multiple of 8 values, at most {FLASH_WIDEST}, and these have {head_dim}"
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"needs torch.nn.attention.varlen, which PyTorch {torch.__version__} does not have"
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "seqused_k" not in inspect.signature(varlen_attn).parameters:
+        return f"needs lengths on the device (seqused_k), which PyTorch {torch.__version__} does not take"
+    return ""
+
+
+def _triton_lacks(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    if find_spec("triton") is None:
+        return 'needs the package triton: pip install "hforce[kernels]"'
+    if device.type != "cuda":
+        return f"needs a CUDA device, and the model is on {device.type}"
+    if torch.cuda.get_device_capability(device)[0] < AMPERE:
+        return "needs a GPU of the Ampere generation or later"
+    if head_dim > WIDEST:
+        return f"takes heads of at most {WIDEST} values, and these have {head_dim}"
+    return ""
+
+
+def _load_triton() -> Attention:
+    from hforce.attention.triton_kernel import attend
+
+    return attend
+
+
+BACKENDS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "sdpa": Entry(lambda: attend_dense, _lacks_nothing),
+        "varlen": Entry(lambda: attend_varlen, _varlen_lacks),
+        "triton": Entry(_load_triton, _triton_lacks, turns_queries=True),
+        "triton-key": Entry(_load_triton, _triton_lacks),
+        "reference": Entry(lambda: reference.attend, _lacks_nothing, turns_queries=True, is_fast=False),
+    }
+)
+SDPA = Backend("sdpa", attend_dense)

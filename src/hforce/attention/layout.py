@@ -1,0 +1,97 @@
+"""What the heads of one layer read, each a run of its own length, and the one signature of every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring heads, first .. last - 1, that read equally many tokens: a dense block of the store."""
+
+    first: int
+    last: int
+    keys: Tensor  # [heads, tokens, D], a view of the store: the tokens of the chunk first, then the past
+    values: Tensor  # [heads, tokens, D], likewise
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How far the keys of every slot are still to be turned in time, where the query is turned back instead.
+
+    A slot holds one latent frame of one head; all heads of a lane share their slots' numbers and turns.
+    """
+
+    phase: Tensor  # float32 [lanes, slots, time pairs, 2]: cosine and sine of every turn; slot 0 begins the run
+    lane: Tensor  # int32 [H]: the lane of every head
+    tokens: int  # S, the tokens of a slot
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """The keys and values that the heads of one layer read, the same twice: as dense runs, and as one ragged store.
+
+    Head h reads the `length[h]` tokens of the store from token `begin[h]` on. The runs are known to the host, the
+    lengths lie on the device: a backend that uses those alone never waits for it. Without `turns` keys are ready to
+    be compared with queries.
+    """
+
+    runs: tuple[Run, ...]  # in the order of their heads
+    keys: Tensor  # [tokens of all heads, D]
+    values: Tensor  # [tokens of all heads, D]
+    begin: Tensor  # int32 [H + 1], the last entry is the end of the store
+    length: Tensor  # int32 [H]
+    order: Tensor  # int32 [H]: heads, the longest first
+    longest: int  # tokens that a head may read at most
+    turns: Turns | None = None
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Puts the chunk where every head reads it. keys, values [N, H, D]."""
+        own = keys.shape[0]
+        for run in self.runs:
+            heads = slice(run.first, run.last)
+            run.keys[:, :own].copy_(keys[:, heads].transpose(0, 1))
+            run.values[:, :own].copy_(values[:, heads].transpose(0, 1))
+
+
+class Attention(Protocol):
+    """Attention of one layer in a pass over one chunk, the chunk itself being part of what is read.
+
+    query [N, H, D], turned in full, and what its heads read -> [N, H, D], contiguous or not.
+    """
+
+    def __call__(self, query: Tensor, view: LayerView) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to attend. One that `turns_queries` wants keys as they were written, and `LayerView.turns` beside them."""
+
+    name: str
+    attend: Attention
+    turns_queries: bool = False
+
+
+def view_of(keys: Tensor, values: Tensor, counts: Sequence[int], turns: Turns | None = None) -> LayerView:
+    """A view of heads whose tokens lie one after the other: keys, values [tokens of all heads, D], tokens per head."""
+    begins, runs, first = [0, *accumulate(counts)], [], 0
+    for count, group in groupby(counts):
+        last = first + len([*group])
+        tokens = slice(begins[first], begins[last])
+        runs.append(Run(first, last, *(x[tokens].unflatten(0, (-1, count)) for x in (keys, values))))
+        first = last
+    begin = torch.tensor(begins, dtype=torch.int32, device=keys.device)
+    ((length, order),) = tables([counts], keys.device)
+    return LayerView(tuple(runs), keys, values, begin, length, order, max(counts), turns)
+
+
+def tables(counts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """`length` and `order` of the view of every layer, given what its heads read: int32 [L, 2, H], in one transfer."""
+    orders = [sorted(range(len(row)), key=lambda head: -row[head]) for row in counts]
+    return torch.tensor([*zip(counts, orders, strict=True)], dtype=torch.int32, device=device)

@@ -1,0 +1,111 @@
+"""Attention of ragged heads in one Triton kernel, which turns the query once a slot instead of every key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hforce.attention.layout import LayerView
+
+LOG2_E = 1.4426950408889634  # softmax in powers of two: exp2 is one instruction
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries and keys of a tile, warps of a program, and stages of its software pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+HALF_TILES = Tiles(128, 64, 8, 3)
+FULL_TILES = Tiles(32, 32, 4, 2)  # float32 takes twice the shared memory, and is for comparing, not for speed
+
+
+@triton.jit
+def _load_turned(query, base, rows, column, row_stride, is_in, phase, width, scale):
+    """A tile of queries [BM, BD] x scale, turned back by one slot's phase; pairs are neighbours, only `width` turn."""
+    # (re, im) turned by -t is (re c + im s, im c - re s): the value itself, and its partner with a sign.
+    is_turned = column < width
+    cosine = tl.load(phase + (column // 2) * 2, mask=is_turned, other=1.0)
+    sine = tl.load(phase + (column // 2) * 2 + 1, mask=is_turned, other=0.0)
+    signed = tl.where(column % 2 == 0, sine, -sine)
+    line = query + base + rows[:, None] * row_stride
+    own = tl.load(line + column[None, :], mask=is_in, other=0.0).to(tl.float32)
+    partner = tl.load(line + (column ^ 1)[None, :], mask=is_in & is_turned[None, :], other=0.0).to(tl.float32)
+    return (own * cosine[None, :] + partner * signed[None, :]) * scale
+
+
+@triton.jit
+def _attend_tile(
+    query, keys, values, out, begin, length, order, lane, phase,
+    queries, query_row, query_head, out_row, out_head, lane_stride, slot_stride, width, scale,
+    TURNS: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head over all its slots. Programs of the longest head come first."""
+    tiles = tl.cdiv(queries, BM)
+    head = tl.load(order + tl.program_id(0) // tiles)
+    rows = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
+    column = tl.arange(0, BD)
+    is_in = (rows[:, None] < queries) & (column[None, :] < D)
+    tokens = tl.load(length + head)
+    slots, span = 1, tokens
+    phases = phase
+    if TURNS:
+        slots, span = tokens // S, S
+        phases += tl.load(lane + head) * lane_stride
+    first = tl.load(begin + head).to(tl.int64) * D
+    total = tl.zeros([BM, BD], dtype=tl.float32)
+    top = tl.full([BM], float("-inf"), dtype=tl.float32)
+    mass = tl.zeros([BM], dtype=tl.float32)
+    for slot in range(slots):
+        turned = _load_turned(
+            query, head * query_head, rows, column, query_row, is_in, phases + slot * slot_stride, width, scale
+        ).to(query.dtype.element_ty)
+        for token in range(0, span, BN):
+            row = token + tl.arange(0, BN)
+            spot = first + row[:, None] * D + column[None, :]
+            is_key = (row[:, None] < span) & (column[None, :] < D)
+            key = tl.load(keys + spot, mask=is_key, other=0.0)
+            logits = tl.dot(turned, tl.trans(key), input_precision="ieee")
+            logits = tl.where(row[None, :] < span, logits, float("-inf"))
+            higher = tl.maximum(top, tl.max(logits, axis=1))
+            shrink = tl.exp2(top - higher)
+            weights = tl.exp2(logits - higher[:, None])
+            value = tl.load(values + spot, mask=is_key, other=0.0)
+            total = total * shrink[:, None]
+            total += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+            mass = mass * shrink + tl.sum(weights, axis=1)
+            top = higher
+        first += span * D
+    place = out + head * out_head + rows[:, None] * out_row + column[None, :]
+    tl.store(place, (total / mass[:, None]).to(out.dtype.element_ty), mask=is_in)
+
+
+def attend(query: Tensor, view: LayerView) -> Tensor:
+    """Attention of all heads in one launch; lengths and turns stay on the device, nothing waits for it.
+
+    query [N, H, D], turned in full -> [N, H, D]. With `view.turns` the query is turned back once for every slot of
+    keys (R(a) q . R(b) k = R(a - b) q . k), else keys are taken to be turned. `reference.attend` is its exact twin.
+    """
+    queries, heads, width = query.shape
+    assert query.stride(2) == 1 and view.keys.is_contiguous() and view.values.is_contiguous(), "rows must be whole"
+    tiles = FULL_TILES if query.dtype == torch.float32 else HALF_TILES
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    turns = view.turns
+    phase, lane = (turns.phase, turns.lane) if turns else (view.length, view.length)  # never read without turns
+    _attend_tile[(triton.cdiv(queries, tiles.queries) * heads,)](
+        query, view.keys, view.values, out, view.begin, view.length, view.order, lane, phase,
+        queries, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        phase.stride(0) if turns else 0, phase.stride(1) if turns else 0, 2 * phase.shape[2] if turns else 0,
+        width**-0.5 * LOG2_E,
+        TURNS=turns is not None, S=turns.tokens if turns else 1, D=width, BD=max(16, triton.next_power_of_2(width)),
+        BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
