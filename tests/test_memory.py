@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tests.builders import role_map
 from tests.weightfiles import hollow_release, shapes_of, write_hollow
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hforce import memory
-from hforce.build import build_blueprint, build_memory, build_stream
+from hforce.attention.backends import make_backend, turns_queries
+from hforce.build import Plan, build_blueprint, build_memory, build_stream
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import make_policy
 from hforce.cache.roles import HeadRole, RoleMap
-from hforce.config import Config, load_config
+from hforce.config import load_config, with_setup
 from hforce.errors import RoomError
 from hforce.generate import load
 from hforce.geometry import Geometry
@@ -27,6 +29,7 @@ from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.resting import RestingCodec
 from hforce.models.sizes import KNOWN
 from hforce.room import free_bytes, read_available, read_left
+from hforce.settings import Config
 from hforce.weigh import tensor_bytes, weigh
 
 CPU = torch.device("cpu")
@@ -46,22 +49,25 @@ def ordered(roles: RoleMap) -> RoleMap:
     return RoleMap(tuple(tuple(sorted(row)) for row in roles.roles))
 
 
-def work_of(config: WanConfig, geometry: Geometry, roles: RoleMap, policies: str, dtype: torch.dtype) -> Work:
+def work_of(
+    config: WanConfig, geometry: Geometry, roles: RoleMap, policies: str, dtype: torch.dtype, turns_keys: bool = True
+) -> Work:
     lanes = {}
     for role in (role for role, count in roles.counts().items() if count):
         policy = POLICIES[policies][role]
         lanes[role.value] = Lane(tuple(row.count(role) for row in roles.roles), policy.capacity, policy.looks)
-    return Work(config, geometry, dtype.itemsize, lanes, NOTHING, pixels=0)
+    return Work(config, geometry, dtype.itemsize, lanes, NOTHING, pixels=0, turns_keys=turns_keys)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policies", list(POLICIES))
 @pytest.mark.parametrize("rows", [MIXED, UNIFORM])
 @pytest.mark.parametrize(("grid", "width"), [((2, 3), 12), ((4, 4), 24), ((5, 3), 128)])
-def test_the_cache_is_as_large_as_planned(rows, policies, dtype, grid, width):
+def test_the_cache_is_as_large_as_planned(rows, policies, dtype, grid, width, backend):
     geometry, roles = Geometry(5, 4, width, grid), ordered(role_map(*rows))
-    cache = HeadCache(geometry, roles, POLICIES[policies], dtype)
-    work = work_of(WanConfig(4 * width, 8, 5, 4), geometry, roles, policies, dtype)
+    cache = HeadCache(geometry, roles, POLICIES[policies], dtype, backend=make_backend(backend))
+    work = work_of(WanConfig(4 * width, 8, 5, 4), geometry, roles, policies, dtype, not turns_queries(backend))
     assert sum(memory.kv_bytes(work).values()) == cache.stats().nbytes
 
 
@@ -118,8 +124,23 @@ def test_the_tiny_model_holds_what_was_planned(config, dtype):
 def test_fingerprint_and_sizes_are_known_before_weights_are_read(config):
     blueprint = build_blueprint(config)
     backbone = blueprint.load()
-    for name in ("name", "geometry", "shape", "size", "stride", "fingerprint"):
+    sizes = ("geometry", "shape", "size", "stride", "dtype", "device")
+    for name in ("name", *sizes, "family", "is_random", "fingerprint"):
         assert getattr(blueprint, name) == getattr(backbone, name)
+
+
+@pytest.mark.parametrize(("chunk", "setup", "backend"), [(1, "head-forcing", "sdpa"), (2, "full", "reference")])
+def test_plan_and_model_agree_on_the_chunk_and_on_what_was_given(config, chunk, setup, backend):
+    whole, settings = build_blueprint(config), with_setup(config, setup)
+    settings.sample.chunk, settings.cache.backend = chunk, backend
+    blueprint = build_blueprint(settings)
+    assert (blueprint.geometry.chunk, whole.geometry.chunk) == (chunk, 3)
+    assert blueprint.needs.decoding < whole.needs.decoding
+    held = Plan((2, 1), 0, given=5).held(chunk)
+    assert held == {1: 8, 2: 6}[chunk]
+    plan, _ = build_memory(settings, blueprint, held, switches=False)
+    caches = (size for part, size in plan.phases["denoising"].items() if part.startswith("cache of"))
+    assert sum(caches) == build_stream(settings, blueprint.load(), held).cache.stats().nbytes
 
 
 # Modes
@@ -192,15 +213,26 @@ def test_every_mode_makes_the_same_video(generate, tmp_path):
         assert done.code == 0, done.err
         videos.append((tmp_path / f"{mode}.mp4").read_bytes())
     assert videos[0] == videos[1] == videos[2]
+    again = generate("-p", "a red circle", "-o", "speed.mp4", "--memory-mode", "low")
+    assert again.code == 0, again.err
+    assert "was there already" in again.err
 
 
 def test_a_dry_run_tells_what_would_be_made_and_makes_nothing(generate, tmp_path):
     done = generate("-p", "a red circle", "-p", "a blue square", "-o", "out", "--dry-run")
     assert done.code == 0, done.err
-    wanted = ("8 layers x 6 heads x 24", "float32 on cpu", "64x64", "64 tokens per frame", "local heads", "21 frames",
-              "a red circle-0.mp4", "steps [1000]", "transformer", "total", "memory mode  speed", "fingerprint")
+    wanted = ("8 layers x 6 heads x 24", "float32 on cpu", "64x64", "64 tokens per frame", "local heads",
+              "21 video frames", "a red circle-0.mp4", "steps [1000] (set)", "transformer", "total",
+              "memory mode  speed", "fingerprint")
     assert [text for text in wanted if text not in done.out] == []
     assert list(tmp_path.iterdir()) == []
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "red.png")
+    line = ("--init-image", "red.png", "--policy", "full", "--set", "cache.backend=reference", "--set",
+            "sample.shift=7")  # fmt: skip
+    done = generate("-p", "a red circle", *line, "-d", "1.5s", "--dry-run")
+    wanted = ("2 chunks to make, from red.png (latent frames given: 1)", "setup        full", "backend reference",
+              "at most 9 frames of the past", "shift 7 (set)", "Self-Forcing's settings")
+    assert [text for text in wanted if text not in done.out] == []
     short = generate("-p", "a red circle", "--dry-run", "--set", "model.memory_limit=1MiB")
     assert (short.code, "it does not fit" in short.out) == (71, True)
     generate("-p", "a red circle", "--set", "model.memory_limit=lots").fails(2, "is not an amount of memory")
@@ -227,6 +259,10 @@ def test_a_dry_run_needs_neither_packages_nor_a_fitting_size(command, tmp_path):
     assert done.code == 0, done.err
     assert "release      wan2.1, as the weights were recognised" in done.out
     command(*line, "--profile", "gone.json").fails(66, "gone.json")
+    named = ("--set", "model.release=causal-forcing-2step", "--size", "64x64", "--roles", "uniform")
+    wanted = ("causal-forcing-2step, as model.release says", "steps [1000, 500]", "chunk 1", "21 chunks to make")
+    done = command(*line, *named, "-d", "5s")
+    assert [text for text in wanted if text not in done.out] == []
 
 
 # What there is

@@ -47,29 +47,29 @@ def _model(b: Blueprint) -> list[str]:
         f"heads        {g.layers} layers x {g.heads} heads x {g.head_dim}",
         f"precision    {dtype} on {b.device}",
         f"video        {b.size[0]}x{b.size[1]} pixels",
-        f"latent       {b.shape[2]}x{b.shape[1]}, {b.shape[0]} channels; {g.tokens} tokens per frame, "
-        f"{g.chunk} frames per chunk",
+        f"latent       {b.shape[2]}x{b.shape[1]}, {b.shape[0]} channels; {g.tokens} tokens per frame",
         f"fingerprint  {b.fingerprint}",
     ]
 
 
 def _sampling(config: Config, family: Family | None) -> list[str]:
-    """The release and the settings in effect; those that were set, and are not the release's own, are marked."""
+    """The release and the settings in effect; those that were set, and not left to the release, are marked."""
     sample, recipe = config.sample, effective(config.sample, family)
     whose = "as model.release says" if config.model.release else "as the weights were recognised"
     sees = f"; sees {recipe.window} frames, the first {recipe.sink} among them" if recipe.window else ""
-    shown = {
-        "steps": [*recipe.steps], "of a shot's first chunk": [*recipe.first_steps] or "the same",
-        "shift": f"{recipe.shift:g}" if recipe.warp else "none", "chunk": recipe.chunk,
-    }  # fmt: skip
-    keys = {"of a shot's first chunk": ("first_steps",), "shift": ("shift", "warp")}
-    marks = {
-        name: " (set)" if any(getattr(sample, key) is not None for key in keys.get(name, (name,))) else ""
-        for name in shown
-    }
+
+    def mark(*keys: str) -> str:
+        return " (set)" if any(getattr(sample, key) is not None for key in keys) else ""
+
+    shown = (
+        f"steps {[*recipe.steps]}{mark('steps')}",
+        f"a shot's first chunk {[*recipe.first_steps] or 'the same'}{mark('first_steps')}",
+        (f"shift {recipe.shift:g}" if recipe.warp else "not warped") + mark("shift", "warp"),
+        f"chunk {recipe.chunk}{mark('chunk')}",
+    )
     return [
         f"release      {family.name}, {whose}{sees}" if family else "release      none: Self-Forcing's settings",
-        "sampling     " + ", ".join(f"{name} {value}{marks[name]}" for name, value in shown.items()),
+        f"sampling     {', '.join(shown)}",
         f"noise        seed {sample.seed}, context noise {sample.context_noise}",
     ]
 
@@ -86,8 +86,9 @@ def _cache(config: Config, blueprint: Blueprint, chunks: int) -> list[str]:
 
 def _video(job: Job) -> str:
     many = f", {len(job.shots)} prompts" if len(job.shots) > 1 else ""
-    begin = f", from {job.opening.init.path} ({job.plan.given} latent frames)" if job.opening else ""
-    return f"output       {job.target.video}: {job.plan.frames} frames, {job.plan.total} chunks{many}{begin}"
+    begin = f", from {job.opening.init.path} (latent frames given: {job.plan.given})" if job.opening else ""
+    made = f"{job.plan.frames} video frames, {job.plan.total} chunks to make"
+    return f"output       {job.target.video}: {made}{many}{begin}"
 
 
 def _table(plan: memory.Plan) -> list[str]:

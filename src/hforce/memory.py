@@ -136,7 +136,7 @@ def check(made: Plan, available: int | None) -> None:
 
 def gib(size: int) -> str:
     """Bytes in GiB, as people read them."""
-    return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
+    return f"{size / GIB:.2f}" if size >= GIB else f"{size / GIB:.4f}"
 
 
 def kv_bytes(work: Work) -> dict[str, int]:

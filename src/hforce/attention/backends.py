@@ -73,10 +73,7 @@ def make_backend(name: str) -> Backend:
 
 
 def turns_queries(name: str) -> bool:
-    """Whether the backend called `name` turns its queries, so that keys are kept once; False where that is not settled.
-
-    Raises nothing for a name that is not in the table, as "auto" is not: which one that will be, only a race tells.
-    """
+    """Whether the backend called `name` turns its queries, so that keys are kept once; of "auto" that is not known."""
     return name in BACKENDS and BACKENDS[name].turns_queries
 
 
