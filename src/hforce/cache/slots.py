@@ -42,9 +42,7 @@ class SlotStore:
         chunk, layers = geometry.chunk, range(geometry.layers)
         self._orders = [sorted(range(len(strips)), key=lambda at: strips[at].heads[layer]) for layer in layers]
         sizes = [[(chunk + strips[at].capacity) * geometry.tokens for at in self._lanes(layer)] for layer in layers]
-        self._begins = [
-            [*accumulate(row, initial=0)] for row in sizes
-        ]  # token with which each head begins, and the end
+        self._begins = [[*accumulate(row, initial=0)] for row in sizes]  # token of each head's begin, and the end
         self._begin = torch.tensor(self._begins, dtype=torch.int32, device=self._device)
         shape = (geometry.tokens, geometry.head_dim)
         slots = [sum(self._size(layer, at) for at in order) for layer, order in enumerate(self._orders)]
