@@ -121,7 +121,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return done
 
     yield run
-    root.handlers[:], root.level, own.level = before[0], before[1], before[2]
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])  # not .level: what loggers remember of it would stay
+    own.setLevel(before[2])
 
 
 @pytest.fixture

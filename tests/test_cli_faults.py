@@ -182,9 +182,9 @@ def test_damaged_weights_are_refused(generate, weights, tmp_path, damage, told):
 
 def test_weights_that_are_no_numbers_are_named(generate, weights, tmp_path):
     state = load_file(weights)
-    state["dit.blocks.2.self_attn.k.weight"][3, 4] = float("nan")
+    state["dit.blocks.2.self_attn.v.weight"][3, 4] = float("nan")
     save_file(state, tmp_path / "bad.safetensors", read_safetensors(weights)[1])
-    generate("-p", "red", "-m", "bad.safetensors").fails(65, "1 not finite (dit.blocks.2.self_attn.k.weight)")
+    generate("-p", "red", "-m", "bad.safetensors").fails(65, "1 not finite (dit.blocks.2.self_attn.v.weight)")
 
 
 def test_an_encoder_that_dies_is_74(generate, tmp_path, monkeypatch):

@@ -224,7 +224,7 @@ def test_prompts_of_all_videos_are_encoded_before_the_first_is_made(settings, tm
     make(settings(), tmp_path, CIRCLE, SQUARE)
     assert asked == [[CIRCLE, SQUARE], [CIRCLE], [SQUARE]]
     make(settings(), tmp_path, CIRCLE, SQUARE, on_exists="skip")
-    assert asked[3:] == [[]]
+    assert asked[3:] == []
 
 
 # Sidecar and contact sheet

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.weightfiles import diffusers, shapes_of, wrapped, write, write_hollow, write_shards
+from tests.weightfiles import diffusers, hollow_release, shapes_of, wrapped, write, write_hollow, write_shards
 from torch import nn
 
 from hforce.build import choose_family
@@ -22,7 +22,6 @@ from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.families import find_family
 from hforce.models.sizes import KNOWN
 from hforce.models.wan import load_codec
-from hforce.models.wan_files import TEXT, TOKENIZER, VAE
 from hforce.which_model import which_model
 
 with torch.random.fork_rng():
@@ -38,14 +37,6 @@ FORMATS = {
     "folder": lambda path: write_shards(STATE, path),
 }
 """Names of files and folders -> what writes a transformer there."""
-
-
-def hollow_release(folder: Path) -> Path:
-    """A folder in which every part seems to be."""
-    for name in (TEXT[-1], TOKENIZER[-1], VAE[1]):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
 
 
 # Which model
@@ -80,8 +71,8 @@ def test_the_14b_model_is_known_by_its_width(command, tmp_path, monkeypatch):
     write_hollow(shapes_of(KNOWN["Wan2.1 14B"]), tmp_path / "large.safetensors")
     base = f"model.base={hollow_release(tmp_path / 'base')}"
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    line = ("generate", "-p", "a fox", "--set", base, "-o", "out")
-    command(*line, "-m", "large.safetensors").fails(69, "ftfy")  # the last that is looked at before weights are read
+    line = ("-q", "generate", "-p", "a fox", "--set", base, "-o", "out")
+    command(*line, "-m", "large.safetensors").fails(69, "ftfy")  # looked for before weights are read
     named = ("--set", "model.checkpoint=large.safetensors")
     command(*line, "-m", "wan2.1-t2v-14b", *named).fails(69, "ftfy")
     command(*line, "-m", "wan2.1-t2v-1.3b", *named).fails(65, "is no wan2.1-t2v-1.3b", "that it is, wan2.1-t2v-14b")
@@ -94,7 +85,7 @@ def test_the_14b_model_is_known_by_its_width(command, tmp_path, monkeypatch):
 
 def test_what_is_missing_is_told_with_a_way_out(command, tmp_path, monkeypatch):
     FORMATS["self_forcing.pt"](tmp_path / "x.pt")
-    line = ("generate", "-p", "a fox", "--roles", "uniform", "-o", "out")
+    line = ("-q", "generate", "-p", "a fox", "--roles", "uniform", "-o", "out")
     command(*line, "-m", "wan2.1-t2v-1.3b").fails(2, "needs the weights of its transformer", "-m PATH")
     command(*line, "-m", "x.pt").fails(2, "is a transformer alone", "--set model.base=FOLDER")
     command(*line, "-m", "x.pt", "--set", "model.base=gone").fails(66, "there is no file or folder gone")

@@ -15,6 +15,7 @@ from tests.builders import random_wan
 from torch import Tensor
 
 from hforce.models.dit import CausalWan, WanConfig
+from hforce.models.taehv import TAEHV, TaehvConfig
 
 State = Mapping[str, Tensor]
 
@@ -103,3 +104,23 @@ def write_hollow(shapes: Mapping[str, tuple[int, ...]], path: Path, dtype: str =
 def shapes_of(config: WanConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in CausalWan(config).state_dict().items()}
+
+
+def hollow_release(folder: Path, width: int = 32) -> Path:
+    """A folder with every part of a release but the transformer: of the right shapes, and all zeros."""
+    inner, vocabulary = 24, 40
+    text = {"shared.weight": (vocabulary, width), "encoder.final_layer_norm.weight": (width,)}
+    block = "encoder.block.0.layer."
+    text |= {f"{block}0.SelfAttention.{part}.weight": (inner, width) for part in "qkv"}
+    text |= {f"{block}0.SelfAttention.o.weight": (width, inner), f"{block}0.layer_norm.weight": (width,)}
+    text |= {f"{block}0.SelfAttention.relative_attention_bias.weight": (32, 4), f"{block}1.layer_norm.weight": (width,)}
+    text |= {f"{block}1.DenseReluDense.{part}.weight": (48, width) for part in ("wi_0", "wi_1")}
+    text |= {f"{block}1.DenseReluDense.wo.weight": (width, 48)}
+    with torch.device("meta"):
+        vae = {name: tuple(value.shape) for name, value in TAEHV(TaehvConfig()).state_dict().items()}
+    for name, shapes in (("text_encoder/model.safetensors", text), ("Wan2.1_VAE.safetensors", vae)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_hollow(shapes, folder / name)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").touch()
+    return folder

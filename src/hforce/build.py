@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from hforce.attention.backends import check_backend, choose_backend
+from hforce import memory
+from hforce.attention.backends import check_backend, choose_backend, turns_queries
 from hforce.attention.timing import Layer
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
@@ -22,17 +23,18 @@ from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
 from hforce.errors import ConfigError, DataError, InputError
 from hforce.geometry import Geometry
-from hforce.models.base import Backbone, Codec, Source
+from hforce.models.base import Backbone, Blueprint, Codec, Described, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
 from hforce.models.hub import pin, read_id, resolve
 from hforce.models.random_weights import DECODERS, random_backbone
-from hforce.models.registry import find_device, load_backbone
+from hforce.models.registry import find_device, open_model
 from hforce.prompts import Shot
 from hforce.resources import resource
+from hforce.room import free_bytes
 from hforce.sampler import make_steps
 from hforce.settings import OWN, CacheConfig, Config, ModelConfig, SampleConfig
 from hforce.stream import Sampling, Stream, Switch, Take, seeded
-from hforce.units import parse_size
+from hforce.units import parse_bytes, parse_size
 
 log = logging.getLogger(__name__)
 
@@ -54,24 +56,56 @@ class Plan:
         """Chunks to be made in all."""
         return sum(self.chunks)
 
+    def held(self, chunk: int) -> int:
+        """Chunks of so many latent frames that the past comes to in the end, what was given included."""
+        return self.total + math.ceil(self.given / chunk)
 
-def build_backbone(config: Config) -> Backbone:
+
+def build_blueprint(config: Config) -> Blueprint:
     """The model of a configuration, of the release named there, or else as it is recognised, with that one's chunk.
 
-    Sets the number of CPU threads. Raises what `load_backbone` and `choose_family` raise.
+    Its weights are not read. Sets the number of CPU threads. Raises what `build_source`, `open_model` and
+    `choose_family` raise.
     """
     model = config.model
     set_threads(model.threads)
     source = build_source(model)
     size = parse_size(model.size) if model.size else None
-    backbone = load_backbone(model.name, source, size, model.device, model.dtype)
-    family = choose_family(model.release, backbone.family)
+    blueprint = open_model(model.name, source, size, model.device, model.dtype)
+    family = choose_family(model.release, blueprint.family)
     recipe = effective(config.sample, family)
     if family:
         log.info("streaming as %s: %s", family.name, json.dumps(asdict(recipe)))
     if family and family.note:
         log.warning("%s: %s", family.name, family.note)
-    return replace(backbone, family=family, geometry=replace(backbone.geometry, chunk=recipe.chunk))
+    return replace(blueprint, family=family, geometry=replace(blueprint.geometry, chunk=recipe.chunk))
+
+
+def build_backbone(config: Config) -> Backbone:
+    """The model of a configuration, its weights read. Raises what `build_blueprint` and `Blueprint.load` raise."""
+    return build_blueprint(config).load()
+
+
+def build_memory(config: Config, blueprint: Blueprint, chunks: int, switches: bool) -> tuple[memory.Plan, int | None]:
+    """What a video of so many chunks takes in the memory mode that is set, and what there is; None: not known.
+
+    Raises what `check_cache` raises.
+    """
+    geometry, roles = blueprint.geometry, build_roles(config.cache, blueprint)
+    lanes = {}
+    for role in (role for role, count in roles.counts().items() if count):
+        policy = build_policy(config.cache, role, blueprint, chunks)
+        heads = tuple(row.count(role) for row in roles.roles)
+        lanes[role.value] = memory.Lane(heads, policy.capacity, policy.looks)
+    width, height = blueprint.size
+    work = memory.Work(
+        blueprint.config, geometry, blueprint.dtype.itemsize, lanes, blueprint.needs,
+        pixels=3 * blueprint.stride * geometry.chunk * width * height, here=torch.device(blueprint.device).type,
+        switches=switches, turns_keys=not turns_queries(config.cache.backend),
+    )  # fmt: skip
+    limit = parse_bytes(config.model.memory_limit) if config.model.memory_limit else None
+    available = limit if limit is not None else free_bytes(blueprint.device)
+    return memory.choose(work, config.model.memory, available), available
 
 
 def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
@@ -83,10 +117,9 @@ def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
     if wanted.layers and not wanted.random_weights:
         raise ConfigError("bench.layers takes layers away, and weights would mean nothing", "add --random-weights")
     backbone = build_random_backbone(config) if wanted.random_weights else build_backbone(config)
-    weight = backbone.model.patch_embedding.weight
     codecs: dict[str, Codec] = {}
     for name in wanted.decoders:
-        codec = backbone.codec if name == OWN else DECODERS[name](weight.dtype, str(weight.device))
+        codec = backbone.codec if name == OWN else DECODERS[name](backbone.dtype, backbone.device)
         if codec.channels != backbone.shape[0]:
             message = f"decoder {name!r} reads latents of {codec.channels} channels, those of {backbone.name!r} have"
             raise ConfigError(f"{message} {backbone.shape[0]}", f"set bench.decoders to [{OWN}]")
@@ -183,7 +216,7 @@ def build_sampling(sample: SampleConfig, family: Family | None = None) -> Sampli
     return Sampling(steps, first, commit_timestep=float(sample.context_noise))
 
 
-def build_roles(cache: CacheConfig, backbone: Backbone) -> RoleMap:
+def build_roles(cache: CacheConfig, backbone: Described) -> RoleMap:
     """The role of every head: from the profile, or one of the controls made from it."""
     layers, heads = backbone.geometry.layers, backbone.geometry.heads
     if cache.roles == "uniform":
@@ -209,7 +242,7 @@ def drawn_roles(layers: int, heads: int) -> RoleMap:
     return RoleMap(tuple(tuple(roles[i : i + heads]) for i in range(0, total, heads))).shuffled(seed=0)
 
 
-def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
+def build_profile(cache: CacheConfig, backbone: Described) -> Profile:
     """The profile named, or the one that comes with the model. Raises DataError if it belongs to another model."""
     try:
         path = Path(cache.profile) if cache.profile else resource(f"profiles/{backbone.name}.json")
@@ -224,15 +257,14 @@ def build_profile(cache: CacheConfig, backbone: Backbone) -> Profile:
     return profile
 
 
-def check_cache(cache: CacheConfig, backbone: Backbone) -> None:
+def check_cache(cache: CacheConfig, backbone: Described) -> None:
     """Finds out whether a cache can be built for this model, without building it.
 
     Raises ConfigError for a policy that cannot be, InputError or DataError for the profile, BackendError for the way
     to attend.
     """
     build_roles(cache, backbone)
-    weight = backbone.model.patch_embedding.weight
-    check_backend(cache.backend, weight.device, weight.dtype, backbone.geometry.head_dim)
+    check_backend(cache.backend, torch.device(backbone.device), backbone.dtype, backbone.geometry.head_dim)
     for role in HeadRole:
         build_policy(cache, role, backbone, chunks=1)
 
@@ -241,10 +273,9 @@ def build_cache(cache: CacheConfig, backbone: Backbone, roles: RoleMap, chunks: 
     """The cache, its memory allocated. `chunks` sizes the policy that keeps everything."""
     geometry = backbone.geometry
     policies = {role: build_policy(cache, role, backbone, chunks) for role in HeadRole}
-    weight = backbone.model.patch_embedding.weight
     layer = size_layer(roles.roles[0], policies, geometry)
-    backend = choose_backend(cache.backend, layer, weight.device, weight.dtype)
-    return HeadCache(geometry, roles, policies, weight.dtype, str(weight.device), backend)
+    backend = choose_backend(cache.backend, layer, torch.device(backbone.device), backbone.dtype)
+    return HeadCache(geometry, roles, policies, backbone.dtype, backbone.device, backend)
 
 
 def size_layer(roles: Sequence[HeadRole], policies: Mapping[HeadRole, CachePolicy], geometry: Geometry) -> Layer:
@@ -253,7 +284,7 @@ def size_layer(roles: Sequence[HeadRole], policies: Mapping[HeadRole, CachePolic
     return Layer(geometry.chunk * geometry.tokens, geometry.tokens, geometry.head_dim, frames)
 
 
-def build_policy(cache: CacheConfig, role: HeadRole, backbone: Backbone, chunks: int) -> CachePolicy:
+def build_policy(cache: CacheConfig, role: HeadRole, backbone: Described, chunks: int) -> CachePolicy:
     """The policy of one role, with its options checked against the model's span.
 
     "window" without a number of frames is what the release was trained with, its sink included.
@@ -276,13 +307,13 @@ def build_policy(cache: CacheConfig, role: HeadRole, backbone: Backbone, chunks:
     return policy
 
 
-def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Backbone, given: int = 0) -> Plan:
+def build_plan(shots: Sequence[Shot], seconds: float, fps: int, backbone: Described, given: int = 0) -> Plan:
     """Cuts a script into chunks: the end is moved up to a whole chunk, changes of prompt to the nearest one.
 
     The first `given` latent frames are there already, and belong to the first prompt.
     Raises DataError when two prompts would begin in the same chunk, or one after the end, or if nothing is to be made.
     """
-    stride, chunk = backbone.codec.stride, backbone.geometry.chunk
+    stride, chunk = backbone.stride, backbone.geometry.chunk
     latents = math.ceil((math.ceil(seconds * fps - ROUNDING) - 1) / stride) + 1
     total = math.ceil((latents - given) / chunk)
     if total < 1:

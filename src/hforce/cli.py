@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Option
 
 import hforce
 from hforce import options
-from hforce.errors import ConfigError, InterruptedRun, UsageError
+from hforce.errors import ConfigError, InterruptedRun, RoomError, UsageError
 from hforce.shell import run, say, start
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def generate(
     config: options.Config = None,
     set_: options.Set = None,
     vae: options.Vae = "",
+    memory_mode: options.MemoryMode = "",
+    dry_run: options.DryRun = False,
     print_config: options.Print = False,
 ) -> None:
     """Make videos from prompts. Without a prompt it plays the demo.
@@ -96,7 +98,7 @@ def generate(
     flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
     flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
     flags |= {"--init-image": ("video.init_image", init_image), "--init-video": ("video.init_video", init_video)}
-    flags |= {"--vae": ("model.vae", vae)}
+    flags |= {"--vae": ("model.vae", vae), "--memory-mode": ("model.memory", memory_mode)}
     flags |= _origin(revision, offline, device)
     settings = _load(model, size, config, set_, flags)
     if frames is not None:
@@ -109,6 +111,8 @@ def generate(
     if on_exists not in ("skip", "overwrite", "error"):
         raise UsageError(f"--on-exists {on_exists!r}: expected skip, overwrite or error")
     items = _items(prompt or [], prompt_file, settings)
+    if dry_run:
+        _rehearse(settings, items, output, config)
     from hforce import generate as verb
     from hforce.progress import VideoProgress
 
@@ -247,6 +251,16 @@ def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] 
         for flag, (key, _) in given.items():
             told = told.replace(f"--set: {key}: ", f"{flag}: ")
         raise UsageError(told, error.mend) from error
+
+
+def _rehearse(settings: Config, items: list[Item], output: Path, files: list[Path] | None) -> NoReturn:
+    """Prints what would be made, and ends: as a run that is refused for want of memory, if it would be."""
+    from hforce import dry_run
+
+    with _blame(files):
+        found = dry_run.run(settings, items, output)
+    typer.echo(found.text)
+    raise typer.Exit(0 if found.fits else RoomError.exit_code)
 
 
 @contextmanager

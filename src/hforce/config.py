@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hforce.errors import ConfigError, UsageError
 from hforce.models.families import FAMILIES, SELF_FORCING, find_family
 from hforce.resources import presets
-from hforce.rules import Rule, each, falling, nearest, one_of, seconds, size, within
+from hforce.rules import Rule, amount, each, falling, nearest, one_of, seconds, size, within
 from hforce.settings import EAGER, OWN, SETUPS, SUITES, CacheConfig, Config
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
 
@@ -42,6 +42,8 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.release": one_of("", *(family.name for family in FAMILIES)),
     "model.device": one_of("auto", "cpu", "cuda", "mps", also=r"cuda:\d{1,3}", shown="cuda:N"),
+    "model.memory": one_of("auto", "speed", "balanced", "low"),
+    "model.memory_limit": amount,
     "model.threads": within(0, 1024),
     "cache.setup": _SETUP,
     "cache.roles": one_of("profile", "inverse", "uniform", also=r"random:\d{1,18}", shown="random:SEED"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 import traceback
@@ -20,10 +19,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hforce
-from hforce.build import Plan, build_backbone, build_plan, build_script, build_stream, check_cache, effective, pin_model
+from hforce import memory
+from hforce.build import (
+    Plan,
+    build_blueprint,
+    build_memory,
+    build_plan,
+    build_script,
+    build_stream,
+    check_cache,
+    effective,
+    pin_model,
+)
 from hforce.documents import file_digest, read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, memory_for
-from hforce.models.base import Backbone
+from hforce.memory import Mode, check, gib
+from hforce.models.base import Backbone, Blueprint, Described
 from hforce.opening import Opening, examine, read_opening
 from hforce.prompts import Init, Item, Shot, file_stem
 from hforce.settings import Config, VideoConfig
@@ -89,15 +100,18 @@ def run(
     preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
     openings = find_openings(config.video, items)
     config = replace(config, model=pin_model(config.model))
-    with memory_for("loading the model"):
-        backbone = build_backbone(config)
-    check_cache(config.cache, backbone)
-    parts = zip(items, openings, targets, strict=True)
-    jobs = [plan_job(config, backbone, item, opening, target) for item, opening, target in parts]
-    done = [is_done(job, record(config, backbone, job), on_exists) for job in jobs]
+    blueprint = build_blueprint(config)
+    blueprint.check_packages()
+    jobs = plan_jobs(config, blueprint, items, openings, targets)
+    missing = [job for job in jobs if on_exists == "overwrite" or not job.target.video.exists()]
+    mode = choose_mode(config, blueprint, missing) if missing else None
+    done = [is_done(job, record(config, blueprint, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
-    backbone.encode_text.encode_all(shot.prompt for job in wanted for shot in job.shots)
+    if not mode:
+        return result
+    with memory_for("loading the model"):
+        backbone = load(blueprint, mode, [shot.prompt for job in wanted for shot in job.shots])
     for job in wanted:
         try:
             make(config, backbone, job, tell)
@@ -110,6 +124,31 @@ def run(
             if len(jobs) > 1:
                 log.error("%s: %s", job.target.video.name, error)
     return result
+
+
+def choose_mode(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> Mode:
+    """The memory mode in which all jobs fit. Raises RoomError where one does not."""
+    made, available = plan_memory(config, blueprint, jobs)
+    check(made, available)
+    log.info("memory mode %s: %s GiB at most", made.mode, gib(made.peak))
+    return made.mode
+
+
+def plan_memory(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> tuple[memory.Plan, int | None]:
+    """What the largest of the jobs takes, and what there is."""
+    longest = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
+    return build_memory(config, blueprint, longest, switches=any(len(job.shots) > 1 for job in jobs))
+
+
+def load(blueprint: Blueprint, mode: Mode, prompts: Sequence[str]) -> Backbone:
+    """The backbone, with the prompts encoded: before the weights are read, or after, if the encoder is to stay."""
+    if mode is Mode.SPEED:
+        blueprint.encode_text.stay()
+        backbone = blueprint.load()
+        backbone.encode_text.encode_all(prompts)
+        return backbone
+    blueprint.encode_text.encode_all(prompts)
+    return blueprint.load(rests=mode is Mode.LOW)
 
 
 def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
@@ -136,21 +175,33 @@ def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | N
     return [found[init] if init else None for init in inits]
 
 
-def plan_job(config: Config, backbone: Backbone, item: Item, opening: Opening | None, target: Target) -> Job:
+def plan_jobs(
+    config: Config,
+    model: Described,
+    items: Sequence[Item],
+    openings: Sequence[Opening | None],
+    targets: Sequence[Target],
+) -> list[Job]:
+    """The job of every item. Raises what `check_cache` and `plan_job` raise."""
+    check_cache(config.cache, model)
+    parts = zip(items, openings, targets, strict=True)
+    return [plan_job(config, model, item, opening, target) for item, opening, target in parts]
+
+
+def plan_job(config: Config, backbone: Described, item: Item, opening: Opening | None, target: Target) -> Job:
     """The item's shots with their lengths, cut into chunks."""
     seconds = item.seconds or config.video.seconds
     shots = item.timed(seconds)
     seed = config.sample.seed if item.seed is None else item.seed
-    given = (len(opening.picks) - 1) // backbone.codec.stride + 1 if opening else 0
+    given = (len(opening.picks) - 1) // backbone.stride + 1 if opening else 0
     return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone, given), seed, target, opening)
 
 
 def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None]) -> None:
     """Generates, decodes and encodes one video, then writes its contact sheet and sidecar."""
     started = time.monotonic()
-    chunks = job.plan.total + math.ceil(job.plan.given / backbone.geometry.chunk)
     with memory_for("laying out the cache"):
-        stream = build_stream(config, backbone, chunks, job.seed)
+        stream = build_stream(config, backbone, job.plan.held(backbone.geometry.chunk), job.seed)
     script = build_script(job.shots, job.plan, backbone)
     given = encode_opening(job.opening, job.plan.given, backbone) if job.opening else None
     factor = config.video.upscale
@@ -231,7 +282,7 @@ class Sheet:
         self.pictures += [(n / self._fps, frames[n - first].copy()) for n in inside]
 
 
-def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
+def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
     """Everything needed to make the same video again: the sidecar without its result."""
     starts = [sum(job.plan.chunks[:i]) for i in range(len(job.shots))]
     schedule = [
@@ -242,7 +293,8 @@ def record(config: Config, backbone: Backbone, job: Job) -> dict[str, Any]:
     seen = {name: recipe.pop(name) for name in ("window", "sink")}
     opening = job.opening
     init = opening and {**asdict(opening.init), "sha256": opening.sha256, "latents": job.plan.given}
-    model = replace(config.model, offline=False)  # how the files came here says nothing of the video
+    # How the files came here and what was held in memory say nothing of the video.
+    model = replace(config.model, offline=False, memory="auto", memory_limit="")
     settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
     return {
         "kind": SIDECAR,

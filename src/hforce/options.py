@@ -50,6 +50,10 @@ Upscale = Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge e
 Exists = Annotated[
     str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")
 ]
+MemoryMode = Annotated[
+    str, Option("--memory-mode", metavar="NAME", help="auto, speed, balanced or low: what stays on the device.")
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Show what would be made, in which memory, and stop.")]
 Print = Annotated[bool, Option("--print-config", help="Show every setting and stop.")]
 Calibration = Annotated[
     str, Option("--prompt-file", "-f", metavar="FILE", help="Calibration prompts.  [default: 20 packaged ones]")

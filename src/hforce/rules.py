@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from hforce.errors import UsageError
-from hforce.units import LONGEST, parse_size
+from hforce.units import LONGEST, parse_bytes, parse_size
 
 Rule = Callable[[Any], str | None]
 
@@ -60,6 +60,15 @@ def size(value: str) -> str | None:
     """Width x height in pixels, or nothing."""
     try:
         parse_size(value or "16x16")
+    except UsageError as error:
+        return f"{error}; {error.mend}"
+    return None
+
+
+def amount(value: str) -> str | None:
+    """An amount of memory, or nothing."""
+    try:
+        parse_bytes(value or "1GiB")
     except UsageError as error:
         return f"{error}; {error.mend}"
     return None

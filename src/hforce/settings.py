@@ -24,6 +24,8 @@ class ModelConfig:
     size: str = ""  # "832x480", width x height in pixels; empty: the model's own
     dtype: str = "auto"
     device: str = "auto"
+    memory: str = "auto"  # what stays on the device: speed, balanced or low; auto: the first of these that fits
+    memory_limit: str = ""  # "8GiB": how much memory to plan with; empty: what the device has free
     threads: int = 0  # of the CPU; 0: all cores but one, which the video encoder needs
 
 

@@ -13,6 +13,8 @@ STEP = 16  # pixels: 8 by the autoencoder, 2 by the patches
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 _DURATION = re.compile(rf"(?:(?P<h>{_NUMBER})h)?(?:(?P<m>{_NUMBER})m(?:in)?)?(?:(?P<s>{_NUMBER})s)?")
 _MOMENT = re.compile(rf"(?P<count>{_NUMBER})(?P<unit>[flc])")
+_BYTES = re.compile(rf"(?P<count>{_NUMBER})\s*(?P<unit>[kmgt]i?b)", re.IGNORECASE)
+_POWERS = "kmgt"
 _SIZE = re.compile(r"(\d{1,9})\s*[x×]\s*(\d{1,9})", re.IGNORECASE)
 
 
@@ -80,3 +82,12 @@ def parse_size(text: str) -> tuple[int, int]:
             raise UsageError(f"a side of {side} pixels in {text.strip()[:60]!r} will not do",
                              f"sides are multiples of {STEP} from {STEP} to {LARGEST}; the nearest is {near}")
     return width, height
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes told by "8GiB" (of 2**30) or "8GB" (of 10**9). Raises UsageError without a unit."""
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text[:60]!r} is not an amount of memory", "write it with a unit: 8GiB, 7.5GB or 900MiB")
+    unit = match["unit"].lower()
+    return int(float(match["count"]) * (1024 if "i" in unit else 1000) ** (1 + _POWERS.index(unit[0])))

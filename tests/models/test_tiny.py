@@ -15,7 +15,7 @@ from hforce.errors import CheckpointError, ConfigError, DataError, InputError, U
 from hforce.models.base import Source
 from hforce.models.registry import MODELS, find_device, load_backbone
 from hforce.models.taehv import TaehvCodec
-from hforce.models.tiny import EXAMPLE, PACKAGED, VOCABULARY, WORD_INDEX, TinyModel, WordEncoder, load_tiny
+from hforce.models.tiny import EXAMPLE, PACKAGED, VOCABULARY, WORD_INDEX, TinyModel, WordEncoder, open_tiny
 from hforce.models.weights import fingerprint, read_safetensors
 from hforce.resources import resource
 from hforce.toy.world import SLOTS, parse, sentence, vocabulary
@@ -146,7 +146,7 @@ def test_every_decoder_is_a_video_of_its_own(random_tiny):
 
 
 def test_a_backbone_says_all_about_itself(weights, random_tiny):
-    backbone = load_tiny(Source(str(weights)), None, "cpu", "auto")
+    backbone = open_tiny(Source(str(weights)), None, "cpu", "auto").load()
     assert (backbone.name, backbone.size, backbone.shape) == ("tiny", (64, 64), (12, 8, 8))
     geometry = backbone.geometry
     assert (geometry.layers, geometry.heads, geometry.head_dim, geometry.grid) == (8, 6, 24, (8, 8))
@@ -156,16 +156,16 @@ def test_a_backbone_says_all_about_itself(weights, random_tiny):
 
 @pytest.mark.parametrize(("size", "grid"), [((128, 128), (16, 16)), ((96, 64), (8, 12)), ((16, 32), (4, 2))])
 def test_another_size_is_width_by_height(weights, size, grid):
-    backbone = load_tiny(Source(str(weights)), size, "cpu", "auto")
+    backbone = open_tiny(Source(str(weights)), size, "cpu", "auto").load()
     assert (backbone.size, backbone.geometry.grid) == (size, grid)
     assert backbone.codec.decoder()(torch.zeros(1, 1, *backbone.shape)).shape == (1, 3, size[1], size[0])
 
 
 def test_precision_is_that_of_the_transformer_alone(weights):
-    backbone = load_tiny(Source(str(weights)), None, "cpu", "bfloat16")
+    backbone = open_tiny(Source(str(weights)), None, "cpu", "bfloat16").load()
     assert {weight.dtype for weight in backbone.model.parameters()} == {torch.bfloat16}
     assert backbone.codec.decoder()(torch.zeros(1, 1, *backbone.shape)).dtype == torch.float32
-    assert backbone.fingerprint == load_tiny(Source(str(weights)), None, "cpu", "auto").fingerprint
+    assert backbone.fingerprint == open_tiny(Source(str(weights)), None, "cpu", "auto").fingerprint
 
 
 def test_an_unknown_model_names_the_known_ones():
@@ -177,7 +177,7 @@ def test_an_unknown_model_names_the_known_ones():
 
 def test_parts_that_the_tiny_model_has_itself_are_refused(weights):
     with pytest.raises(ConfigError, match=r"takes no model.base, model.vae"):
-        load_tiny(Source(str(weights), base="folder", vae="taew2_1.pth", texts="texts"), None, "cpu", "auto")
+        open_tiny(Source(str(weights), base="folder", vae="taew2_1.pth", texts="texts"), None, "cpu", "auto")
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "mps:7"])
@@ -194,7 +194,7 @@ def test_a_device_is_found():
 
 def test_a_missing_file_is_no_input(tmp_path):
     with pytest.raises(InputError):
-        load_tiny(Source(str(tmp_path / "none.safetensors")), None, "cpu", "auto")
+        open_tiny(Source(str(tmp_path / "none.safetensors")), None, "cpu", "auto")
 
 
 def test_the_packaged_profile_is_that_of_the_packaged_weights():

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.builders import random_wan
+from tests.weightfiles import hollow_release, shapes_of, write_hollow
 
 from hforce import extras
 from hforce.errors import CheckpointError, ConfigError, InputError, UnavailableError
-from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
-from hforce.models.wan import assemble
+from hforce.models.base import Source
+from hforce.models.dit import WanConfig
+from hforce.models.wan import open_wan
 from hforce.models.wan_files import TEXT, TOKENIZER, VAE, Parts, find_parts, read_weights
 
 RELEASED = ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", "Wan2.1_VAE.pth")
@@ -23,19 +23,6 @@ DIFFUSERS = (
     "tokenizer/tokenizer.json",
     "vae/diffusion_pytorch_model.safetensors",
 )
-
-
-class Echo:
-    """A text encoder that encodes nothing."""
-
-    def __call__(self, prompt: str) -> torch.Tensor:
-        return torch.zeros(1, 5, 8)
-
-    def encode_all(self, prompts: Iterable[str]) -> None:
-        pass
-
-    def reads(self, prompt: str) -> str:
-        return prompt
 
 
 def release(folder: Path, names: tuple[str, ...]) -> Path:
@@ -68,16 +55,26 @@ def test_an_autoencoder_of_ones_own_is_taken_instead(tmp_path, monkeypatch):
         find_parts(tmp_path, Path("gone.pth"))
 
 
-def test_a_backbone_has_the_grid_of_its_size_portrait_included():
-    model, codec = random_wan(), TaehvCodec(TAEHV(TaehvConfig(4, 4, (4, 4, 4, 4))))
-    made = assemble("wan", model, Echo(), codec, None, "mark")
-    assert (made.size, made.shape, made.geometry.grid) == ((832, 480), (4, 60, 104), (30, 52))
+def test_a_blueprint_has_the_grid_of_its_size_portrait_included(tmp_path):
+    hollow_release(tmp_path)
+    write_hollow(shapes_of(WanConfig(256, 256, 2, 2, text_dim=32)), tmp_path / "x.safetensors")
+    source = Source(str(tmp_path / "x.safetensors"), str(tmp_path))
+    made = open_wan("", source, None, "cpu", "auto")
+    assert (made.size, made.shape, made.geometry.grid) == ((832, 480), (16, 60, 104), (30, 52))
     geometry = made.geometry
-    assert (geometry.layers, geometry.heads, geometry.head_dim) == (2, 3, 12)
+    assert (geometry.layers, geometry.heads, geometry.head_dim) == (2, 2, 128)
     assert (geometry.chunk, geometry.span, geometry.tokens) == (3, 21, 1560)
-    assert (made.name, made.model, made.codec, made.fingerprint) == ("wan", model, codec, "mark")
-    portrait = assemble("wan", model, Echo(), codec, (480, 832), "mark")
-    assert (portrait.size, portrait.shape, portrait.geometry.grid) == ((480, 832), (4, 104, 60), (52, 30))
+    portrait = open_wan("", source, (480, 832), "cpu", "auto")
+    assert (portrait.size, portrait.shape, portrait.geometry.grid) == ((480, 832), (16, 104, 60), (52, 30))
+
+
+def test_a_transformer_of_other_latents_is_refused_before_weights_are_read(tmp_path):
+    """It used to end in an error of PyTorch, once the first chunk was decoded."""
+    hollow_release(tmp_path)
+    sizes = WanConfig(256, 256, 2, 2, text_dim=32, in_channels=12, out_channels=12)
+    write_hollow(shapes_of(sizes), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="makes latents of 12 channels, .* reads 16"):
+        open_wan("", Source(str(tmp_path / "x.safetensors"), str(tmp_path)), None, "cpu", "auto")
 
 
 @pytest.mark.parametrize(("size", "below", "above"), [
@@ -88,7 +85,7 @@ def test_a_backbone_has_the_grid_of_its_size_portrait_included():
 ])  # fmt: skip
 def test_other_sizes_are_refused_with_the_nearest_two(size, below, above):
     with pytest.raises(ConfigError, match=f"{size[0]}x{size[1]} will not do") as caught:
-        assemble("wan", random_wan(), Echo(), TaehvCodec(TAEHV(TaehvConfig(4, 4, (4, 4, 4, 4)))), size, "")
+        open_wan("", Source(), size, "cpu", "auto")
     assert caught.value.mend == f"the nearest are {below} and {above}"
 
 

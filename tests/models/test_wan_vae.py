@@ -78,14 +78,14 @@ def test_memory_does_not_grow_with_the_video_and_streams_do_not_mix(vae):
     one, other = codec.decoder(), codec.decoder()
 
     def held() -> int:
-        return sum(value.untyped_storage().nbytes() for value in one.features if isinstance(value, Tensor))
+        return sum(value.untyped_storage().nbytes() for value in one.memory[0] if isinstance(value, Tensor))
 
     first = one(latents[:, :3])
     after_3 = held()
     close(other(latents[:, :3]), first, 0)
     one(latents[:, 3:])
     assert held() == after_3 > 0
-    assert sum(value is None for value in one.features) == 1  # 33 convolutions, one of which has no past
+    assert sum(value is None for value in one.memory[0]) == 1  # 33 convolutions, one of which has no past
     close(codec.decoder()(latents[:, :3]), first, 0)
 
 

@@ -10,17 +10,21 @@ import torch
 from safetensors.torch import load_file
 from tests.builders import close
 from tests.weightfiles import wrapped
+from torch.utils._pytree import tree_leaves
 
 from hforce.attention.dense import BlockCausal
 from hforce.attention.rope import Rope3D
 from hforce.errors import CheckpointError, ConfigError, InputError
+from hforce.generate import load
+from hforce.memory import Mode
 from hforce.models import wan
 from hforce.models.base import Source
 from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.taehv import TaehvCodec
-from hforce.models.wan import LARGE, SMALL, load_wan
+from hforce.models.wan import LARGE, SMALL, open_wan
 from hforce.models.wan_vae import WanCodec
 from hforce.models.weights import fingerprint
+from hforce.weigh import tensor_bytes
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -57,7 +61,7 @@ def sources(request, transformer, tmp_path_factory) -> Source:
 def test_a_prompt_becomes_video_frames(sources, transformer, codec):
     if codec is TaehvCodec:
         sources = replace(sources, vae=f"{sources.base}/taew2_1.pth")
-    made = load_wan("", sources, SIZE, "cpu", "float32")
+    made = open_wan("", sources, SIZE, "cpu", "float32").load()
     assert isinstance(made.codec, codec)
     assert (made.name, made.family.name) == (SMALL, "self-forcing")
     assert (made.shape, made.geometry.grid, made.fingerprint) == ((16, 4, 6), (2, 3), fingerprint(transformer))
@@ -74,10 +78,10 @@ def test_a_prompt_becomes_video_frames(sources, transformer, codec):
 
 
 def test_precision_on_a_cpu_is_float32_but_that_of_texts_is_as_stored(sources):
-    made = load_wan(SMALL, sources, SIZE, "cpu", "auto")
+    made = open_wan(SMALL, sources, SIZE, "cpu", "auto").load()
     assert {weight.dtype for weight in made.model.parameters()} == {torch.float32}
     assert made.encode_text(PROMPT).dtype == torch.bfloat16
-    half = load_wan(SMALL, sources, SIZE, "cpu", "bfloat16")
+    half = open_wan(SMALL, sources, SIZE, "cpu", "bfloat16").load()
     assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
     assert half.fingerprint == made.fingerprint
 
@@ -85,21 +89,41 @@ def test_precision_on_a_cpu_is_float32_but_that_of_texts_is_as_stored(sources):
 def test_faults_are_found_before_weights_are_read(sources, monkeypatch, tmp_path):
     monkeypatch.setattr(wan, "load_transformer", None)
     with pytest.raises(ConfigError, match="50x32 will not do"):
-        load_wan(SMALL, sources, (50, 32), "cpu", "auto")
+        open_wan(SMALL, sources, (50, 32), "cpu", "auto")
     with pytest.raises(InputError, match="no folder of Wan2.1"):
-        load_wan(SMALL, replace(sources, base=str(tmp_path)), SIZE, "cpu", "auto")
+        open_wan(SMALL, replace(sources, base=str(tmp_path)), SIZE, "cpu", "auto")
     with pytest.raises(InputError, match="there is no"):
-        load_wan(SMALL, replace(sources, checkpoint="gone.pt"), SIZE, "cpu", "auto")
+        open_wan(SMALL, replace(sources, checkpoint="gone.pt"), SIZE, "cpu", "auto")
     with pytest.raises(ConfigError, match="needs the weights of its transformer") as caught:
-        load_wan(SMALL, replace(sources, checkpoint=""), SIZE, "cpu", "auto")
+        open_wan(SMALL, replace(sources, checkpoint=""), SIZE, "cpu", "auto")
     assert "-m PATH" in caught.value.mend
     with pytest.raises(ConfigError, match="is a transformer alone") as caught:
-        load_wan(SMALL, replace(sources, base=""), SIZE, "cpu", "auto")
+        open_wan(SMALL, replace(sources, base=""), SIZE, "cpu", "auto")
     assert "--set model.base=FOLDER" in caught.value.mend
     with pytest.raises(CheckpointError, match=r"is no wan2.1-t2v-14b, but a transformer of 2 layers x 2 heads"):
-        load_wan(LARGE, sources, SIZE, "cpu", "auto")
+        open_wan(LARGE, sources, SIZE, "cpu", "auto")
 
 
 def test_a_folder_with_all_parts_needs_no_base(sources):
-    made = load_wan("", Source(sources.base, vae=f"{sources.base}/taew2_1.pth"), SIZE, "cpu", "auto")
+    made = open_wan("", Source(sources.base, vae=f"{sources.base}/taew2_1.pth"), SIZE, "cpu", "auto").load()
     assert isinstance(made.codec, TaehvCodec)
+
+
+@pytest.mark.parametrize("codec", [WanCodec, TaehvCodec])
+def test_every_memory_mode_holds_what_was_planned(sources, codec, tmp_path):
+    if codec is TaehvCodec:
+        sources = replace(sources, vae=f"{sources.base}/taew2_1.pth")
+    flows = []
+    for mode in Mode:
+        blueprint = open_wan("", replace(sources, texts=str(tmp_path / mode)), SIZE, "cpu", "bfloat16")
+        made, needs = load(blueprint, mode, [PROMPT]), blueprint.needs
+        assert tensor_bytes(made.model) == needs.transformer
+        assert tensor_bytes(made.encode_text) == (needs.text if mode is Mode.SPEED else 0)
+        decoder = made.codec.decoder()
+        flows.append(torch.cat([decoder(torch.ones(1, 3, *made.shape)) for _ in range(2)]))
+        kept = [x for x in tree_leaves(decoder.memory) if isinstance(x, torch.Tensor)]
+        assert sum(x.nbytes for x in kept) == needs.decoder
+        held = 0 if mode is Mode.LOW else tensor_bytes(made.codec.net)
+        assert held == (0 if mode is Mode.LOW else needs.codec)
+    assert flows[0].equal(flows[1])
+    assert flows[0].equal(flows[2])

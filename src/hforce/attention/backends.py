@@ -72,6 +72,11 @@ def make_backend(name: str) -> Backend:
     return Backend(name, entry.load(), entry.turns_queries)
 
 
+def turns_queries(name: str) -> bool:
+    """Whether the backend called `name` turns its queries, so that keys are kept once; of "auto" that is not known."""
+    return name in BACKENDS and BACKENDS[name].turns_queries
+
+
 def reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
     """Every backend, and why it cannot be had for such tensors; "" where it can."""
     return {name: entry.lacks(device, dtype, head_dim) for name, entry in BACKENDS.items()}

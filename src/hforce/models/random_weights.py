@@ -89,6 +89,9 @@ class RandomText:
     def encode_all(self, prompts: object) -> None:
         """Nothing to do ahead."""
 
+    def stay(self) -> None:
+        """Nothing to keep: it holds nothing."""
+
     def reads(self, prompt: str) -> str:
         """The prompt itself."""
         return prompt

@@ -1,4 +1,4 @@
-"""Model name -> loader."""
+"""Model name -> what opens it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,38 @@ from types import MappingProxyType
 import torch
 
 from hforce.errors import ConfigError, UnavailableError
-from hforce.models.base import Backbone, Loader, Source
-from hforce.models.tiny import load_tiny
-from hforce.models.wan import LARGE, SMALL, load_wan
+from hforce.models.base import Backbone, Blueprint, Opener, Source
+from hforce.models.tiny import open_tiny
+from hforce.models.wan import LARGE, SMALL, open_wan
 from hforce.rules import nearest
 
 log = logging.getLogger(__name__)
 
 PACKAGED = Source()  # weights that come with hforce, where there are any
-MODELS: Mapping[str, Loader] = MappingProxyType({
-    "tiny": load_tiny,
-    "wan2.1": partial(load_wan, ""),  # whichever the checkpoint is
-    SMALL: partial(load_wan, SMALL),
-    LARGE: partial(load_wan, LARGE),
+MODELS: Mapping[str, Opener] = MappingProxyType({
+    "tiny": open_tiny,
+    "wan2.1": partial(open_wan, ""),  # whichever the checkpoint is
+    SMALL: partial(open_wan, SMALL),
+    LARGE: partial(open_wan, LARGE),
 })
+
+
+def open_model(
+    name: str,
+    source: Source = PACKAGED,
+    size: tuple[int, int] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Blueprint:
+    """A model by name, its weights not read.
+
+    Raises ConfigError for an unknown one, UnavailableError for a device that is not there or lacks the dtype, and what
+    its opener raises.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS)}", f"known models: {', '.join(MODELS)}")
+    place = find_device(device)
+    return MODELS[name](source, size, place, choose_dtype(dtype, place, has_bfloat16(place)))
 
 
 def load_backbone(
@@ -33,14 +51,8 @@ def load_backbone(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Backbone:
-    """A model by name.
-
-    Raises ConfigError for an unknown one, UnavailableError for a device that is not there or lacks the dtype.
-    """
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS)}", f"known models: {', '.join(MODELS)}")
-    place = find_device(device)
-    return MODELS[name](source, size, place, choose_dtype(dtype, place, has_bfloat16(place)))
+    """A model by name, its weights read. Raises what `open_model` raises, and CheckpointError."""
+    return open_model(name, source, size, device, dtype).load()
 
 
 def find_device(name: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -11,8 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hforce.errors import CheckpointError, InputError
+from hforce.models.base import DecoderNeeds
+from hforce.models.mapped import Entry
 from hforce.models.wan_files import read_weights
-from hforce.models.weights import load_strictly
+from hforce.models.weights import count_values, load_strictly
 
 TAEW = ("taew2_1.safetensors", "taew2_1.pth", "vae/taew2_1.safetensors", "vae/taew2_1.pth")
 TAEHV_MARK = "encoder.0.weight"  # a tensor that other autoencoders do not have
@@ -58,7 +63,7 @@ class MemBlock(nn.Module):
         first = torch.zeros_like(x[:, :1]) if past is None else past[:, None]
         joined = torch.cat([x, torch.cat([first, x[:, :-1]], dim=1)], dim=2)
         y = F.relu(self.conv(joined.flatten(0, 1)) + x.flatten(0, 1))
-        return y.unflatten(0, x.shape[:2]), x[:, -1]
+        return y.unflatten(0, x.shape[:2]), x[:, -1].clone()  # a view would keep all of x in memory
 
 
 class TPool(nn.Module):
@@ -222,14 +227,14 @@ class TaehvDecoder:
 
     def __init__(self, codec: TaehvCodec) -> None:
         self._codec = codec
-        self._memory: Memory | None = None
+        self.memory: Memory | None = None
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
         """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1."""
         net = self._codec.net
         raw = latents.to(net.device, torch.float32) * self._codec.std + self._codec.mean
-        video, self._memory = net.decode_stream(raw.to(net.dtype), self._memory)
+        video, self.memory = net.decode_stream(raw.to(net.dtype), self.memory)
         return video[0].float()
 
 
@@ -252,18 +257,54 @@ def load_taew(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu
 
     Widths are read off the tensors. Raises CheckpointError when they are not those of a TAEHV for Wan2.1.
     """
-    state = {name: value.to(dtype) for name, value in read_weights(path).items()}
+    read = read_weights(path)
+    net = TAEHV(_config_of(read.entries, path))
+    state = {name: value.to(dtype) for name, value in read.items()}
+    load_strictly(net, _trim(net, state), str(path))
+    return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
+
+
+def codec_needs(path: Path, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, DecoderNeeds]:
+    """Bytes of the weights, and the needs of a decoder of latents h x w.
+
+    Only headers are read. Raises what `load_taew` raises.
+    """
+    config = _config_of(read_weights(path).entries, path)
+    with torch.device("meta"):
+        weights = count_values(TAEHV(config)) * dtype.itemsize
+    return weights, partial(decoder_needs, config, cells, dtype)
+
+
+def decoder_needs(c: TaehvConfig, cells: tuple[int, int], dtype: torch.dtype, chunk: int) -> tuple[int, int]:
+    """Bytes that a decoder remembers, and those that decoding a chunk of latents h x w adds.
+
+    Every MemBlock remembers a frame, the old one until the chunk is done, and holds its input five times while it
+    works. A step up holds what it grew and what a convolution makes of it; the end, the pictures twice.
+    """
+    frames, area, remembered, peak = chunk, cells[0] * cells[1], 0, 0
+    for (width, narrower), time, space in zip(pairwise(c.decoder_widths), c.time_up, c.space_up, strict=True):
+        remembered += 3 * width * area
+        peak = max(peak, 5 * width * frames * area)
+        frames, area = frames * time, area * space**2
+        peak = max(peak, (width + narrower) * frames * area, 2 * narrower * frames * area)
+    pictures = 3 * frames * area * c.patch**2
+    held = remembered * dtype.itemsize
+    as_float = 0 if dtype == torch.float32 else 4 * pictures
+    shown = pictures * dtype.itemsize
+    return held, max(peak * dtype.itemsize + held, 2 * shown + held, shown + as_float)
+
+
+def _config_of(entries: Mapping[str, Entry], path: Path) -> TaehvConfig:
+    """The sizes of a TAEHV for Wan2.1. Raises CheckpointError when they are not those of one."""
     names = [f"decoder.{layer}.weight" for layer in WIDENED]
-    if missing := [name for name in (TAEHV_MARK, *names) if name not in state]:
+    if missing := [name for name in (TAEHV_MARK, *names) if name not in entries]:
         raise _no_taehv(path, missing[0])
-    first, second, third, last = (len(state[name]) for name in names)
-    expected, channels = TaehvConfig(), state[names[0]].shape[1]
+    first, second, third, last = (entries[name].shape[0] for name in names)
+    expected, channels = TaehvConfig(), entries[names[0]].shape[1]
     if channels != expected.latent_channels:
         message = f"the latents of {path} have {channels} channels, those of Wan2.1 have {expected.latent_channels}"
         raise CheckpointError(message, "use taew2_1")
-    net = TAEHV(TaehvConfig(channels, len(state[TAEHV_MARK]), (first, second, third, last)))
-    load_strictly(net, _trim(net, state), str(path))
-    return TaehvCodec(net.to(device, dtype).eval().requires_grad_(False))
+    return TaehvConfig(channels, entries[TAEHV_MARK].shape[0], (first, second, third, last))
 
 
 def _no_taehv(path: Path, missing: str) -> CheckpointError:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hforce.errors import CheckpointError, ConfigError
-from hforce.extras import require
 from hforce.geometry import Geometry
-from hforce.models.base import Backbone, Codec, Source, TextEncoder
+from hforce.models import taehv, wan_vae
+from hforce.models.base import Backbone, Blueprint, Codec, Needs, Source, TextEncoder
 from hforce.models.checkpoints import Checkpoint, load_transformer, open_checkpoint
-from hforce.models.dit import CausalWan
+from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.families import WIDE
 from hforce.models.hub import resolve
-from hforce.models.sizes import describe
-from hforce.models.taehv import TAEHV_MARK, find_taew, load_taew
+from hforce.models.resting import RestingCodec
+from hforce.models.sizes import blank, describe
 from hforce.models.text_store import EmbeddingStore
-from hforce.models.wan_files import GIVE_BASE, find_parts, read_weights
-from hforce.models.wan_text import WanText
-from hforce.models.wan_vae import load_wan_codec
-from hforce.models.weights import fingerprint_of
+from hforce.models.wan_files import GIVE_BASE, Parts, find_parts, read_weights
+from hforce.models.wan_text import WanText, encoder_needs
+from hforce.models.weights import count_values, fingerprint_of
 
 log = logging.getLogger(__name__)
 
@@ -36,35 +35,58 @@ SPAN = 21  # latent frames the model was trained on
 STEP = 16  # pixels that sides are multiples of: two cells, a patch
 
 
-def load_wan(name: str, source: Source, size: tuple[int, int] | None, device: str, dtype: str) -> Backbone:
-    """A model of the Wan2.1 family; dtype "auto" is bfloat16 on a GPU, float32 on a CPU.
+def open_wan(name: str, source: Source, size: tuple[int, int] | None, device: str, dtype: str) -> Blueprint:
+    """A model of the Wan2.1 family; dtype "auto" is bfloat16 on a GPU, float32 on a CPU. Only headers are read.
 
-    `name` is the size that the checkpoint must have, "" for any; the backbone is named for what it has. Everything that
-    can be found out without reading weights is found out first. Raises ConfigError for a source without a checkpoint
-    or without a base, UnavailableError for packages that are not installed, and what `resolve`, `open_checkpoint`,
-    `find_vae`, `find_parts`, `check_size` and the loaders of the parts raise.
+    `name` is the size that the checkpoint must have, "" for any; the model is named for what it has. Raises ConfigError
+    for a source without a checkpoint or without a base, CheckpointError for a transformer and an autoencoder that do
+    not fit each other, and what `resolve`, `open_checkpoint`, `find_vae`, `find_parts` and `check_size` raise.
     """
-    check_size(*(size or SIZE))
+    size = size or SIZE
+    check_size(*size)
     if not source.checkpoint:
         mend = "give them with: -m PATH, or --set model.checkpoint=PATH"
         raise ConfigError(f"model {name or 'wan2.1'} needs the weights of its transformer", mend)
     place = resolve(source.checkpoint)
     checkpoint = open_checkpoint(place, resolve(source.lora) if source.lora else None)
-    log.info("%s: %s of %d layers", place, checkpoint.family.name, checkpoint.config.layers)
+    c = checkpoint.config
+    log.info("%s: %s of %d layers", place, checkpoint.family.name, c.layers)
     name = check_name(name, checkpoint)
     base = find_base(source.base, place)
     parts = find_parts(base, find_vae(source.vae, base))
-    require("wan", *PACKAGES)
+    check_channels(checkpoint, parts)
     precision = choose_precision(device, dtype)
-    model = load_transformer(checkpoint, precision, device)
-    shape = (checkpoint.config.text_len, checkpoint.config.text_dim)
     # As it is stored: float16 overflows in umT5, float32 takes twice the memory.
     kept = torch.float32 if dtype == "float32" else torch.bfloat16
     texts = Path(source.texts).expanduser() if source.texts else Path.home() / TEXTS
-    text = WanText(parts.text, parts.tokenizer, EmbeddingStore(texts), shape, kept, device)
-    codec = load_codec(parts.vae, precision, device)
-    made = assemble(name, model, text, codec, size, fingerprint_of(checkpoint.state))
-    return replace(made, family=checkpoint.family)
+    text = WanText(parts.text, parts.tokenizer, EmbeddingStore(texts), (c.text_len, c.text_dim), kept, device)
+    geometry, shape = lay_out(c, size)
+    codec_needs = taehv.codec_needs if is_taehv(parts.vae) else wan_vae.codec_needs
+    codec, decoder_needs = codec_needs(parts.vae, shape[1:], precision)
+    encoder, encoding = encoder_needs(parts.text, kept, c.text_len)
+    transformer = count_values(blank(c)) * precision.itemsize
+    return Blueprint(
+        name, c, geometry, shape, size, wan_vae.STRIDE, precision, device,
+        lambda chunk: Needs(transformer, encoder, codec, encoding, *decoder_needs(chunk)), text,
+        partial(fingerprint_of, checkpoint.state), partial(_read, checkpoint, parts.vae), checkpoint.family, PACKAGES,
+    )  # fmt: skip
+
+
+def _read(checkpoint: Checkpoint, vae: Path, blueprint: Blueprint, rests: bool) -> Backbone:
+    b = blueprint
+    model = load_transformer(checkpoint, b.dtype, b.device)
+    name = (taehv.TaehvCodec if is_taehv(vae) else wan_vae.WanCodec).name
+    resting = RestingCodec(partial(load_codec, vae, b.dtype, "cpu"), name, b.stride, wan_vae.CHANNELS)
+    codec = resting if rests else load_codec(vae, b.dtype, b.device)
+    return Backbone(b.name, model, b.encode_text, codec, b.geometry, b.shape, b.size, b.fingerprint, b.family)
+
+
+def check_channels(checkpoint: Checkpoint, parts: Parts) -> None:
+    """Raises CheckpointError for a transformer of other latents than those of Wan2.1's autoencoder."""
+    channels = checkpoint.config.in_channels
+    if channels != wan_vae.CHANNELS:
+        message = f"{checkpoint.path} makes latents of {channels} channels, {parts.vae} reads {wan_vae.CHANNELS}"
+        raise CheckpointError(message, "give a transformer of Wan2.1")
 
 
 def choose_precision(device: str, dtype: str) -> torch.dtype:
@@ -100,13 +122,25 @@ def find_vae(vae: str, base: Path) -> Path | None:
     Raises what `find_taew` and `resolve` raise.
     """
     if vae == TINY_VAE:
-        return find_taew(base)
+        return taehv.find_taew(base)
     return resolve(vae) if vae else None
 
 
 def load_codec(path: Path, dtype: torch.dtype, device: str) -> Codec:
     """The autoencoder in a file, told by its content: Wan2.1's own, or TAEHV."""
-    return (load_taew if TAEHV_MARK in read_weights(path) else load_wan_codec)(path, dtype, device)
+    return (taehv.load_taew if is_taehv(path) else wan_vae.load_wan_codec)(path, dtype, device)
+
+
+def is_taehv(path: Path) -> bool:
+    """Whether the autoencoder in a file is a TAEHV. Only its header is read."""
+    return taehv.TAEHV_MARK in read_weights(path)
+
+
+def lay_out(config: WanConfig, size: tuple[int, int]) -> tuple[Geometry, tuple[int, int, int]]:
+    """For videos of a size (width, height) in pixels: the geometry, and the shape (C, h, w) of a latent frame."""
+    c, shape = config, (config.in_channels, size[1] // CELL, size[0] // CELL)
+    grid = (shape[1] // c.patch[1], shape[2] // c.patch[2])
+    return Geometry(c.layers, c.heads, c.head_dim, grid, span=SPAN), shape
 
 
 def assemble(
@@ -116,12 +150,10 @@ def assemble(
 
     Raises ConfigError for a size that the model cannot make.
     """
-    width, height = size or SIZE
-    c = model.config
-    check_size(width, height)
-    shape = (c.in_channels, height // CELL, width // CELL)
-    geometry = Geometry(c.layers, c.heads, c.head_dim, (shape[1] // c.patch[1], shape[2] // c.patch[2]), span=SPAN)
-    return Backbone(name, model, text, codec, geometry, shape, (width, height), fingerprint)
+    size = size or SIZE
+    check_size(*size)
+    geometry, shape = lay_out(model.config, size)
+    return Backbone(name, model, text, codec, geometry, shape, size, fingerprint)
 
 
 def check_size(width: int, height: int) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from hforce.models.wan_files import INDEX, read_weights
 from hforce.models.weights import load_strictly
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 END = 1  # the token every text ends with
 LARGEST_TOKENIZER = 256 << 20  # bytes; that of umT5 takes 17 MB
@@ -63,6 +64,7 @@ class WanText:
         self.weights, self.tokenizer, self.store = weights, tokenizer, store
         self.shape, self.dtype, self.device = shape, dtype, device
         self._encoder: Any = None
+        self._stays = False
         self._told: set[str] = set()
 
     def __call__(self, prompt: str) -> Tensor:
@@ -80,12 +82,17 @@ class WanText:
         return F.pad(rows, (0, 0, 0, self.shape[0] - len(rows)))[None].to(self.device)
 
     def encode_all(self, prompts: Iterable[str]) -> None:
-        """Encodes what the store does not have yet, then lets go of the encoder."""
+        """Encodes what the store does not have yet, then lets go of the encoder, unless it is to stay."""
         try:
             for prompt in prompts:
                 self(prompt)
         finally:
-            self.release()
+            if not self._stays:
+                self.release()
+
+    def stay(self) -> None:
+        """Keeps the encoder in memory from now on, once it is loaded."""
+        self._stays = True
 
     def release(self) -> None:
         """Frees the encoder's memory."""
@@ -170,10 +177,7 @@ def load_encoder(weights: Path, dtype: torch.dtype, device: str) -> Any:
     """
     state = rename(read_weights(weights))
     transformers = optional("transformers", "wan")
-    try:
-        config = transformers.UMT5Config(**encoder_sizes(state))
-    except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{weights} holds no umT5 encoder (its sizes cannot be told: {error})") from error
+    config = transformers.UMT5Config(**_sizes(state, weights))
     with torch.device("meta"):
         encoder = transformers.UMT5EncoderModel(config)
     load_strictly(encoder, {name: value.to(dtype) for name, value in state.items()}, str(weights))
@@ -183,7 +187,27 @@ def load_encoder(weights: Path, dtype: torch.dtype, device: str) -> Any:
     return encoder.to(place).eval().requires_grad_(False)
 
 
-def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encoder_needs(path: Path, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+    """Bytes of the encoder in a file as `load_encoder` holds it in `dtype`, and what encoding so many tokens adds.
+
+    Only headers are read. Raises CheckpointError when it is no such encoder.
+    """
+    state = rename(read_weights(path).entries)
+    sizes = _sizes(state, path)
+    values = sum(torch.Size(entry.shape).numel() for name, entry in state.items() if name != TIED)
+    # Scores with their float32 copy and the bias of positions, and the widest tensors of a layer.
+    scores = sizes["num_heads"] * tokens**2 * (3 * dtype.itemsize + 8)
+    return values * dtype.itemsize, scores + tokens * dtype.itemsize * (8 * sizes["d_model"] + 4 * sizes["d_ff"])
+
+
+def _sizes(state: Mapping[str, Any], path: Path) -> dict[str, int]:
+    try:
+        return encoder_sizes(state)
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} holds no umT5 encoder (its sizes cannot be told: {error})") from error
+
+
+def rename(state: Mapping[str, T]) -> dict[str, T]:
     """The tensors under transformers' names, and the embedding under both it has there."""
     renamed = {_rename(name): value for name, value in state.items()}
     for name, other in ((EMBEDDED, TIED), (TIED, EMBEDDED)):
@@ -200,7 +224,7 @@ def _rename(name: str) -> str:
     return name
 
 
-def encoder_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+def encoder_sizes(state: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of an umT5 encoder, as transformers names them. Raises KeyError for a tensor that is missing."""
     attention = "encoder.block.0.layer.0.SelfAttention"
     buckets, heads = state[f"{attention}.relative_attention_bias.weight"].shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ from torch import Tensor, nn
 
 from hforce.errors import CheckpointError, DataError
 from hforce.extras import optional
+from hforce.models.base import DecoderNeeds
+from hforce.models.mapped import Entry
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import load_strictly
 
 CHANNELS = 16  # of a latent
 STRIDE = 4  # video frames per latent frame
+SIZED = (  # names in either layout of the tensors that sizes are read from, and the axis
+    (("conv2.weight", "post_quant_conv.weight"), 0),
+    (("encoder.conv1.weight", "encoder.conv_in.weight"), 0),
+    (("decoder.head.2.weight", "decoder.conv_out.weight"), 1),
+)
 MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -27,6 +35,10 @@ STD = (
 
 Features = list[Any]
 """What a stream remembers: for every convolution in time the last two frames it was given (or that it saw one)."""
+
+
+Memory = tuple[Features, bool]
+"""What a decoder remembers: its features, and whether it has decoded nothing yet."""
 
 
 class WanCodec:
@@ -76,8 +88,7 @@ class WanDecoder:
 
     def __init__(self, codec: WanCodec) -> None:
         self._codec = codec
-        self._is_first = True
-        self.features = fresh(codec.net.decoder)
+        self.memory: Memory = (fresh(codec.net.decoder), True)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -86,11 +97,11 @@ class WanDecoder:
 
     def _decode(self, latent: Tensor) -> Tensor:
         """One latent frame [1, 1, C, h, w] -> its video frames [1 or 4, 3, H, W]."""
-        codec = self._codec
+        codec, (features, is_first) = self._codec, self.memory
         raw = latent.to(codec.device, torch.float32) * codec.std + codec.mean
         x = codec.net.post_quant_conv(raw.to(codec.dtype).transpose(1, 2))
-        x = codec.net.decoder(x, feat_cache=self.features, feat_idx=[0], first_chunk=self._is_first)
-        self._is_first = False
+        x = codec.net.decoder(x, feat_cache=features, feat_idx=[0], first_chunk=is_first)
+        self.memory = features, False
         return (0.5 * x[0].float().clamp(-1, 1) + 0.5).transpose(0, 1)
 
 
@@ -105,8 +116,8 @@ def load_wan_codec(path: Path, dtype: torch.dtype, device: str) -> WanCodec:
     Sizes are read off the tensors. Raises CheckpointError when they are not those of Wan2.1's autoencoder,
     UnavailableError without diffusers.
     """
-    state = rename(read_weights(path))
-    sizes = codec_sizes(state, path)
+    read = read_weights(path)
+    sizes, state = codec_sizes(read.entries, path), rename(read)
     models = optional("diffusers.models.autoencoders.autoencoder_kl_wan", "wan")
     with torch.device("meta"):
         net = models.AutoencoderKLWan(**sizes)
@@ -122,14 +133,43 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(convert(state))
 
 
-def codec_sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+def codec_sizes(entries: Mapping[str, Entry], path: Path) -> dict[str, int]:
     """The sizes of an AutoencoderKLWan, as diffusers names them. Raises CheckpointError for another autoencoder."""
     try:
-        channels = state["post_quant_conv.weight"].shape[0]
-        width, decoder_width = state["encoder.conv_in.weight"].shape[0], state["decoder.conv_out.weight"].shape[1]
+        channels, width, decoder_width = (
+            next(entries[name] for name in names if name in entries or name == names[-1]).shape[axis]
+            for names, axis in SIZED
+        )
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{path} holds no autoencoder of Wan2.1: {error} is missing") from error
     if channels != CHANNELS:
         message = f"the latents of {path} have {channels} channels, those of Wan2.1 have {CHANNELS}"
         raise CheckpointError(message, "use the autoencoder of Wan2.1 (that of Wan2.2 is another)")
     return {"base_dim": width, "decoder_base_dim": decoder_width, "z_dim": channels}
+
+
+def codec_needs(path: Path, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, DecoderNeeds]:
+    """Bytes of the weights, and the needs of a decoder of latents h x w.
+
+    Only headers are read. Raises CheckpointError for another autoencoder.
+    """
+    entries = read_weights(path).entries
+    width = codec_sizes(entries, path)["decoder_base_dim"]
+    weights = sum(torch.Size(entry.shape).numel() for entry in entries.values()) * dtype.itemsize
+    return weights, partial(decoder_needs, width, cells, dtype)
+
+
+def decoder_needs(width: int, cells: tuple[int, int], dtype: torch.dtype, chunk: int) -> tuple[int, int]:
+    """Bytes that a decoder `width` channels wide at full size remembers, and those that decoding a chunk adds.
+
+    It remembers the last two inputs of every convolution in time: channels at latent size and 2, 4 and 8 times that.
+    The peak lies at full size: in a residual block, or, as halves are enlarged as float32 (and laid out anew, where
+    PyTorch has no kernel for it), in the step up to it.
+    """
+    area = cells[0] * cells[1]
+    remembered = (CHANNELS + 11 * 4 * width) + 4 * (2 * width + 6 * 4 * width) + 16 * 6 * 2 * width + 64 * 7 * width
+    pictures = (chunk - 1) * 3 * STRIDE * 64 * area * 4  # made of the latents before, in float32
+    unit = width * STRIDE * 64 * area * dtype.itemsize  # the video frames of a latent frame, at full width
+    padded = width * (STRIDE + 2) * (8 * cells[0] + 2) * (8 * cells[1] + 2) * dtype.itemsize
+    peak = 5 * unit + padded if dtype == torch.float32 else 10 * unit
+    return 2 * remembered * area * dtype.itemsize, peak + pictures

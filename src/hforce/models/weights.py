@@ -128,6 +128,11 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
     module.load_state_dict(state, assign=any(value.is_meta for value in expected.values()))
 
 
+def count_values(module: nn.Module) -> int:
+    """Numbers in a module's parameters and buffers, on the meta device too."""
+    return sum(value.numel() for value in module.state_dict().values())
+
+
 def fingerprint(model: CausalWan) -> str:
     """The `fingerprint_of` a model's weights. Take it before heads are reordered."""
     return fingerprint_of(model.state_dict())

@@ -1,0 +1,192 @@
+"""How much memory a run takes, from sizes alone, and which memory mode fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hforce.attention.rope import rotary_pairs
+from hforce.cache.heads import LOOK_EVERY
+from hforce.errors import SMALLER, RoomError
+from hforce.geometry import Geometry
+from hforce.models.base import Needs
+from hforce.models.dit import WanConfig
+
+GIB = 1 << 30
+FLOAT = 4  # bytes of a float32: what norms and angles are computed in
+
+
+class Mode(StrEnum):
+    """What stays on the device when.
+
+    SPEED: everything. BALANCED: the text encoder is let go of before the other weights are read. LOW: the
+    autoencoder, too, is read for every chunk and let go of; beside a GPU, it works on the CPU.
+    """
+
+    SPEED = "speed"
+    BALANCED = "balanced"
+    LOW = "low"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The heads of one role: how many in every layer, and the most frames of the past each holds.
+
+    `looks` says whether their policy looks at pictures.
+    """
+
+    heads: tuple[int, ...]
+    capacity: int
+    looks: bool = False
+
+    @property
+    def looked(self) -> tuple[int, ...]:
+        """The layers at which heads are looked at."""
+        return tuple(layer for layer, n in enumerate(self.heads) if n)[::LOOK_EVERY] if self.looks else ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is made: by which transformer, computing in numbers of `itemsize` bytes, with which cache.
+
+    `lanes` has the roles that occur; `pixels` are the numbers in the video frames of a chunk; `switches` says whether
+    prompts change within a video, `here` is the type of the device. `turns_keys` says whether keys are turned in time
+    as they are stored, which takes a second copy of what turns; where attention turns its queries, it does not.
+    """
+
+    config: WanConfig
+    geometry: Geometry
+    itemsize: int
+    lanes: Mapping[str, Lane]
+    needs: Needs
+    pixels: int
+    here: str = "cpu"
+    switches: bool = False
+    turns_keys: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the device, by part, in each phase of a run: "encoding", "denoising" and "decoding"."""
+
+    mode: Mode
+    phases: Mapping[str, Mapping[str, int]]
+
+    def total(self, phase: str) -> int:
+        """Of all parts in one phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once."""
+        return max(map(self.total, self.phases))
+
+
+def plan(work: Work, mode: Mode, text_here: bool = True) -> Plan:
+    """What a run takes on its device. text_here: whether the text encoder runs there, and not beside a GPU."""
+    n, stays = work.needs, mode is Mode.SPEED
+    context = context_bytes(work.config, work.itemsize)
+    text = {"text encoder": n.text} if text_here else {}
+    codec, memory, pictures = {"autoencoder": n.codec}, {"decoder memory": n.decoder}, 3 * FLOAT * work.pixels
+    transformer = {"transformer": n.transformer}
+    base = transformer | {f"cache of {role} heads": size for role, size in kv_bytes(work).items()}
+    base |= {"text context": context, "keys looked at": looked_bytes(work)} | (text if stays else {})
+    denoising = base | {"work": max(pass_bytes(work), turning_bytes(work), context if work.switches else 0)}
+    decoding = base | codec | memory | {"work": max(n.decoding, pictures)}
+    if mode is Mode.LOW:
+        denoising |= memory if work.here == "cpu" else {}
+        decoding = decoding if work.here == "cpu" else base
+    else:
+        denoising |= codec | memory
+    encoding = (transformer | codec | text if stays else text) | {"work": n.encoding if text_here else 0}
+    return Plan(mode, {"encoding": encoding, "denoising": denoising, "decoding": decoding})
+
+
+def choose(work: Work, wanted: str, available: int | None) -> Plan:
+    """The plan of a mode, or with "auto" of the first that fits; of the last, where none does.
+
+    Beside a GPU without the room for it, the text encoder runs on the CPU, unless everything is to stay on the device.
+    `available` bytes on the device; None where that is not known.
+    """
+    modes = list(Mode) if wanted == "auto" else [Mode(wanted)]
+    for mode in modes:
+        made = plan(work, mode)
+        if available is None or made.peak <= available:
+            return made
+        if work.here != "cpu" and mode is not Mode.SPEED and made.total("encoding") > available:
+            made = plan(work, mode, text_here=False)
+            if made.peak <= available:
+                return made
+    return made
+
+
+def check(made: Plan, available: int | None) -> None:
+    """Raises RoomError, naming every part, for a plan that needs more than is available."""
+    if available is None or made.peak <= available:
+        return
+    phase = max(made.phases, key=made.total)
+    parts = ", ".join(f"{part} {gib(size)}" for part, size in made.phases[phase].items() if size)
+    other = "" if made.mode is Mode.LOW else ", or --memory-mode auto"
+    raise RoomError(
+        f"{phase} needs {gib(made.peak)} GiB of memory ({parts}), but {gib(available)} GiB are available",
+        f"{SMALLER}{other}; --dry-run shows the whole plan",
+    )
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, as people read them."""
+    return f"{size / GIB:.2f}" if size >= GIB else f"{size / GIB:.4f}"
+
+
+def kv_bytes(work: Work) -> dict[str, int]:
+    """Bytes of the cache of every role, as `HeadCache` allocates it."""
+    g = work.geometry
+    past = 2 * rotary_pairs(g.head_dim)[0] if work.turns_keys else 0  # what turns in time is kept a second time
+    token = {
+        role: 2 * (g.chunk + lane.capacity) * g.head_dim + lane.capacity * past for role, lane in work.lanes.items()
+    }
+    return {role: sum(work.lanes[role].heads) * g.tokens * token[role] * work.itemsize for role in token}
+
+
+def context_bytes(config: WanConfig, itemsize: int) -> int:
+    """A prompt as the model reads it: keys and values of every layer."""
+    return 2 * config.layers * config.text_len * config.dim * itemsize
+
+
+def looked_bytes(work: Work) -> int:
+    """Keys of the last pass, which stay for the policies that look at pictures."""
+    return len({layer for lane in work.lanes.values() for layer in lane.looked}) * _tokens(work)
+
+
+def turning_bytes(work: Work) -> int:
+    """What `HeadCache.advance` adds at most: keys of one layer turned in time, or those of all that are looked at."""
+    g = work.geometry
+    past = 2 * rotary_pairs(g.head_dim)[0] if work.turns_keys else 0
+    turned = max(max(lane.heads) * lane.capacity for lane in work.lanes.values()) * g.tokens * past
+    looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in work.lanes.values())
+    looks = 2 * FLOAT * looked * g.chunk * g.tokens * g.head_dim
+    return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), looks)
+
+
+def pass_bytes(work: Work) -> int:
+    """What one pass of the transformer adds at most, above the weights, the cache and the text context.
+
+    Counted in a block, in each place where most is alive: the tokens `x` that it was given, what it made of them until
+    then, and the six modulations of every frame, once for the model and once for the block.
+    """
+    x, c, g = _tokens(work), work.config, work.geometry
+    tokens = g.chunk * g.tokens
+    as_float = 0 if work.itemsize == FLOAT else tokens * c.dim * FLOAT
+    inner = tokens * c.ffn_dim * work.itemsize
+    calls = min(2, len({lane.capacity for lane in work.lanes.values()}))  # of several, the results are joined
+    return 13 * g.chunk * c.dim * work.itemsize + max(
+        6 * x + 2 * as_float + (x if as_float else tokens * c.dim * FLOAT),  # turning keys
+        (7 + calls) * x + tokens * c.heads * FLOAT,  # attention
+        4 * x + inner * (3 if work.here == "cpu" and not as_float else 2),  # feed-forward; see `dit.Gelu`
+    )
+
+
+def _tokens(work: Work) -> int:
+    """Bytes of the tokens of a chunk, [N, dim]."""
+    return work.geometry.chunk * work.geometry.tokens * work.config.dim * work.itemsize
