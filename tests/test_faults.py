@@ -111,6 +111,7 @@ def config(weights: Path, heads: Path) -> Config:
 
 def test_a_video_without_room_for_its_cache_fails_and_the_others_are_made(config, tmp_path):
     items = [Item("long", (Shot(PROMPT),), line=1, seconds=86_400.0), Item("short", (Shot(PROMPT),), line=2)]
+    config = replace(config, model=replace(config.model, memory_limit="10000GiB"))  # so that it is tried at all
     with room(1 << 30):
         result = generate.run(config, items, tmp_path, "error", lambda _: None)
     ((target, error),) = result.failed
@@ -121,9 +122,42 @@ def test_a_video_without_room_for_its_cache_fails_and_the_others_are_made(config
 
 
 def test_a_single_video_without_room_is_71(command, weights, heads):
-    line = ("generate", "-m", weights, "--profile", heads, "-p", "red", "--size", "4096x4096", "-o", "out")
+    line = ["generate", "-m", weights, "--profile", heads, "-p", "red", "--size", "4096x4096", "-o", "out"]
+    line += ["--set", "model.memory_limit=10000GiB", "--memory-mode", "low"]
     with room(1 << 30):
         command(*line).fails(71, "out of memory while laying out the cache", "hint: make the video smaller")
+
+
+class Once:
+    """Somebody who is told of chunks, and for whom memory runs out at the first one."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def __call__(self, progress: generate.Progress) -> None:
+        self.told += 1
+        if self.told == 1:
+            with memory_for("telling"):
+                torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+
+def test_a_video_that_ran_out_of_memory_is_made_once_more_in_a_lighter_mode(config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hforce")
+    items = [Item("a", (Shot(PROMPT),), line=1), Item("b", (Shot(PROMPT),), line=2)]
+    result = generate.run(config, items, tmp_path, "error", tell := Once())
+    assert "a-0.mp4: out of memory while telling" in caplog.text
+    assert "trying once more in memory mode balanced" in caplog.text
+    assert (result.failed, len(result.made), tell.told) == ([], 2, 5)
+    calm = generate.run(config, items, tmp_path / "calm", "error", lambda _: None)
+    for one, other in zip(result.made, calm.made, strict=True):
+        assert one.video.read_bytes() == other.video.read_bytes()
+
+
+def test_a_mode_that_was_asked_for_is_kept(config, tmp_path):
+    config = replace(config, model=replace(config.model, memory="speed"))
+    result = generate.run(config, [Item("a", (Shot(PROMPT),), line=1)], tmp_path, "error", tell := Once())
+    ((_, error),) = result.failed
+    assert (type(error), result.made, tell.told) == (RoomError, [], 1)
 
 
 class Greedy:

@@ -61,6 +61,7 @@ def untold(_: BenchProgress) -> None:
 def settings(config: Config) -> list[str]:
     """The model of a configuration, for the command line; where presets differ from it, its own settings win."""
     set_ = [f"cache.profile={config.cache.profile}", f"cache.switch={config.cache.switch}", "model.device=cpu"]
+    set_ += ["sample.first_steps=null"]
     line = ["--suite", "tiny-length", "-m", config.model.checkpoint, "--seed", str(config.bench.seed)]
     return [*line, "--setups", ",".join(NAMES), *(word for text in set_ for word in ("--set", text))]
 
@@ -256,7 +257,7 @@ def test_an_error_in_a_worker_is_the_error_and_names_its_video(config: Config, t
 @pytest.mark.slow
 def test_a_stopped_run_in_several_processes_keeps_what_is_done(config: Config, tmp_path: Path) -> None:
     output = tmp_path / "length.json"
-    line = [sys.executable, "-m", "hforce.cli", "bench", *settings(config), "-d", "5s", "--json", str(output)]
+    line = [sys.executable, "-m", "hforce.cli", "-q", "bench", *settings(config), "-d", "5s", "--json", str(output)]
     line += ["--set", "bench.videos=300", "--set", "bench.workers=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -32,7 +32,7 @@ from hforce.build import (
     pin_model,
 )
 from hforce.documents import file_digest, read_document, write_document
-from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, memory_for
+from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, RoomError, memory_for
 from hforce.memory import Mode, check, gib
 from hforce.models.base import Backbone, Blueprint, Described
 from hforce.opening import Opening, examine, read_opening
@@ -110,11 +110,12 @@ def run(
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
     if not mode:
         return result
-    with memory_for("loading the model"):
-        backbone = load(blueprint, mode, [shot.prompt for job in wanted for shot in job.shots])
+    prompts = [shot.prompt for job in wanted for shot in job.shots]
+    studio = Studio(blueprint, prompts, mode, may_lighten=config.model.memory == "auto")
+    studio.open()
     for job in wanted:
         try:
-            make(config, backbone, job, tell)
+            make_in(studio, config, job, tell)
             result.made.append(job.target)
         except HforceError as error:
             traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
@@ -138,6 +139,44 @@ def plan_memory(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> tu
     """What the largest of the jobs takes, and what there is."""
     longest = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
     return build_memory(config, blueprint, longest, switches=any(len(job.shots) > 1 for job in jobs))
+
+
+@dataclass
+class Studio:
+    """The model of a run in a memory mode, read again in a lighter one where the plan was too hopeful."""
+
+    blueprint: Blueprint
+    prompts: Sequence[str]
+    mode: Mode
+    may_lighten: bool  # no mode was asked for
+    backbone: Backbone | None = None
+
+    def open(self) -> Backbone:
+        """The model, its weights read. Raises RoomError."""
+        if self.backbone is None:
+            with memory_for("loading the model"):
+                self.backbone = load(self.blueprint, self.mode, self.prompts)
+        return self.backbone
+
+    def lighten(self) -> bool:
+        """Goes on to the next lighter mode, if there is one, and lets go of the model."""
+        lighter = [*Mode][[*Mode].index(self.mode) + 1 :]
+        if not self.may_lighten or not lighter:
+            return False
+        self.mode, self.backbone = lighter[0], None
+        return True
+
+
+def make_in(studio: Studio, config: Config, job: Job, tell: Callable[[Progress], None]) -> None:
+    """`make`, and once more in a lighter memory mode where memory ran out."""
+    try:
+        make(config, studio.open(), job, tell)
+    except RoomError as error:
+        traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next try needs
+        if not studio.lighten():
+            raise
+        log.warning("%s: %s; trying once more in memory mode %s", job.target.video.name, error, studio.mode)
+        make(config, studio.open(), job, tell)
 
 
 def load(blueprint: Blueprint, mode: Mode, prompts: Sequence[str]) -> Backbone:

@@ -103,8 +103,8 @@ def test_an_adapter_is_merged_under_every_naming(adapter, scale, family, tmp_pat
 
 def test_longlive_brings_its_window_and_loads(tmp_path):
     found = open_with({"generator_lora": peft()}, tmp_path)
-    family = found.family
-    assert (family.window, family.sink, family.steps, family.shift) == (12, 3, (1000, 750, 500, 250), 5.0)
+    own = found.family.recipe
+    assert (own.window, own.sink, own.steps, own.shift) == (12, 3, (1000, 750, 500, 250), 5.0)
     loaded = load_transformer(found, torch.float32, "cpu")
     assert fingerprint(loaded) == fingerprint_of(found.state)
     assert all(value.equal(found.state[name]) for name, value in loaded.state_dict().items())
