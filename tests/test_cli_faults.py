@@ -165,6 +165,8 @@ def test_an_edited_profile_is_used_with_a_warning(generate, heads, tmp_path):
     done = generate("-p", "red", "--profile", "edited.json", "-o", "a.mp4")
     assert done.code == 0
     assert "was changed after it was measured" in done.err
+    generate("-p", "red", "--profile", "edited.json", "--strict", "-o", "b.mp4").fails(65, "was changed", "--strict")
+    assert generate("-p", "red", "--strict", "-o", "c.mp4").code == 0
 
 
 @pytest.mark.parametrize(("damage", "told"), [

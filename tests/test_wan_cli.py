@@ -22,6 +22,7 @@ from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.families import find_family
 from hforce.models.sizes import KNOWN
 from hforce.models.wan import load_codec
+from hforce.models.weights import fingerprint
 from hforce.which_model import which_model
 
 with torch.random.fork_rng():
@@ -78,6 +79,20 @@ def test_the_14b_model_is_known_by_its_width(command, tmp_path, monkeypatch):
     command(*line, "-m", "wan2.1-t2v-1.3b", *named).fails(65, "is no wan2.1-t2v-1.3b", "that it is, wan2.1-t2v-14b")
     named = ("-m", "large.safetensors", "--set", "model.name=wan2.1-t2v-1.3b")
     command(*line, *named).fails(65, "is no wan2.1-t2v-1.3b")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_dry_run_of_every_format_names_family_size_settings_memory_and_fingerprint(command, name, tmp_path):
+    FORMATS[name](tmp_path / name)
+    hollow_release(tmp_path / "base")
+    line = ("-q", "generate", "-m", name, "--set", "model.base=base", "--roles", "uniform", "--size", "32x48")
+    done = command(*line, "-p", "a fox", "-d", "1s", "--dry-run")
+    assert done.code == 0, done.err
+    c = MODEL.config
+    family = "self-forcing" if name.endswith(".pt") else "wan2.1"
+    wanted = (f"{family}", f"{c.layers} layers x {c.heads} heads x {c.head_dim}", "32x48 pixels", fingerprint(MODEL),
+              "steps [1000, 750, 500, 250]", "memory (GiB)", "total", "available on cpu")  # fmt: skip
+    assert [text for text in wanted if text not in done.out] == []
 
 
 # What is missing

@@ -252,7 +252,7 @@ def build_profile(cache: CacheConfig, backbone: Described) -> Profile:
             "measure one with: hforce profile -o FILE and the same --model, then pass --profile FILE; "
             "or do without: --roles uniform",
         ) from error
-    profile = load_profile(path)
+    profile = load_profile(path, cache.strict)
     check_model(profile, backbone.fingerprint, backbone.geometry.layers, backbone.geometry.heads)
     return profile
 

@@ -72,6 +72,7 @@ def generate(
     policy: options.Policy = "",
     roles: options.Roles = "",
     profile: options.Profile = "",
+    strict: options.Strict = False,
     init_image: options.InitImage = "",
     init_video: options.InitVideo = "",
     upscale: options.Upscale = None,
@@ -96,7 +97,8 @@ def generate(
     """
     flags: Flags = {"--duration": ("video.seconds", _seconds(duration)), "--seed": ("sample.seed", seed)}
     flags |= {"--policy": ("cache.setup", policy), "--roles": ("cache.roles", roles)}
-    flags |= {"--profile": ("cache.profile", profile), "--upscale": ("video.upscale", upscale)}
+    flags |= {"--profile": ("cache.profile", profile), "--strict": ("cache.strict", strict or None)}
+    flags |= {"--upscale": ("video.upscale", upscale)}
     flags |= {"--init-image": ("video.init_image", init_image), "--init-video": ("video.init_video", init_video)}
     flags |= {"--vae": ("model.vae", vae), "--memory-mode": ("model.memory", memory_mode)}
     flags |= _origin(revision, offline, device)

@@ -47,6 +47,7 @@ VERSION = 2  # of the experiment: raise it when the films, the stream or the jud
 LENGTHS = (5, 15, 30, 60, 120)  # seconds
 TURN = 10.0  # seconds of a prompt that takes turns, which is twice what the model is trained on
 SCENE_SEED = 40_000_000  # of the prompts. Training has 0 and 1 000 000, evaluation 20 000 000, the judge 30 000 000
+UNTOLD = ("setup", "profile", "strict", "backend")  # settings of a cache that no result depends on, but for rounding
 DIGITS = 5  # of a measure in the notes
 MOST_NOTES_BYTES = 1 << 30
 MODEL, SIZES = "tiny", ("", f"{PIXELS}x{PIXELS}")
@@ -160,12 +161,9 @@ def plan_shots(case: Case, seconds: float) -> tuple[Shot, ...]:
 
 
 def fingerprint_of(config: Config, backbone: Backbone) -> str:
-    """SHA-256 of everything that the result of a video depends on, but for its number, its setup and its length.
-
-    Backends differ in rounding alone.
-    """
+    """SHA-256 of everything that the result of a video depends on, but for its number, its setup and its length."""
     place = environment(backbone)
-    cache = {key: value for key, value in asdict(config.cache).items() if key not in ("setup", "profile", "backend")}
+    cache = {key: value for key, value in asdict(config.cache).items() if key not in UNTOLD}
     told = {
         "version": VERSION,
         "weights": file_digest(Path(config.model.checkpoint or PACKAGED)),

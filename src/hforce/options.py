@@ -46,6 +46,7 @@ Policy = Annotated[
 ]
 Roles = Annotated[str, Option("--roles", metavar="NAME", help="profile, random:SEED, inverse or uniform.")]
 Profile = Annotated[str, Option("--profile", metavar="FILE", help="Head profile.  [default: the model's own]")]
+Strict = Annotated[bool, Option("--strict", help="Refuse a head profile that was edited.")]
 Upscale = Annotated[int | None, Option("--upscale", metavar="N", help="Enlarge every pixel so many times.")]
 Exists = Annotated[
     str, Option("--on-exists", metavar="WORD", help="skip what the same command made, overwrite, or error.")

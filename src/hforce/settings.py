@@ -44,6 +44,7 @@ class CacheConfig:
     setup: str = "head-forcing"  # a named bundle of the settings below: see SETUPS
     roles: str = "profile"  # profile, inverse, uniform (every head is a memory head) or random:SEED
     profile: str = ""  # a file; empty: the model's packaged one
+    strict: bool = False  # refuse a profile that was edited after it was measured
     switch: str = "recache"  # what happens to the past at a new prompt: keep, flush or recache
     recache_frames: int = 6  # latent frames made anew under the new prompt
     backend: str = "sdpa"  # what attends: sdpa, varlen, triton, triton-key, reference, or auto: the fastest here

@@ -345,10 +345,11 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     write_document(path, json.dumps(sealed.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
 
 
-def load_profile(path: str | Path) -> Profile:
+def load_profile(path: str | Path, strict: bool = False) -> Profile:
     """Read a profile. One that was changed after it was measured is read with a warning in the log.
 
-    Raises InputError when there is no such file, DataError with the JSON path when it is not a valid profile.
+    Raises InputError when there is no such file, DataError with the JSON path when it is not a valid profile, or if
+    `strict` when it was changed.
     """
     data, mend = read_document(path, MAX_BYTES), "measure a new one with: hforce profile"
     version = parse_document(_Header, data, path, mend).schema_version
@@ -357,7 +358,10 @@ def load_profile(path: str | Path) -> Profile:
         raise DataError(message, mend="upgrade hforce, or " + mend)
     profile = parse_document(Profile, data, path, mend)
     if profile.content_sha256 != profile.digest():
-        log.warning("%s was changed after it was measured (content_sha256 does not match); using it as it is", path)
+        changed = f"{path} was changed after it was measured (content_sha256 does not match)"
+        if strict:
+            raise DataError(changed, mend + "; or do without --strict")
+        log.warning("%s; using it as it is", changed)
     return profile
 
 
