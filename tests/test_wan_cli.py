@@ -18,11 +18,12 @@ from tests.weightfiles import diffusers, hollow_release, shapes_of, wrapped, wri
 from torch import nn
 
 from hforce.build import choose_family
+from hforce.models.checkpoints import open_checkpoint
 from hforce.models.dit import CausalWan, WanConfig
 from hforce.models.families import find_family
 from hforce.models.sizes import KNOWN
 from hforce.models.wan import load_codec
-from hforce.models.weights import fingerprint
+from hforce.models.weights import fingerprint, fingerprint_of
 from hforce.which_model import which_model
 
 with torch.random.fork_rng():
@@ -81,18 +82,54 @@ def test_the_14b_model_is_known_by_its_width(command, tmp_path, monkeypatch):
     command(*line, *named).fails(65, "is no wan2.1-t2v-1.3b")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def diffusers_root(path: Path) -> None:
+    (path / "transformer").mkdir(parents=True)
+    write_shards(diffusers(STATE), path / "transformer")
+
+
+EVERY = {  # name of a file or folder -> what writes a transformer there, and what it is recognised as
+    "self_forcing.pt": (FORMATS["self_forcing.pt"], "self-forcing"),
+    "trained.pt": (lambda path: torch.save({"generator": wrapped(STATE), "generator_ema": wrapped(STATE), "critic": {}},
+                                           path), "self-forcing"),
+    "causal.pt": (lambda path: torch.save({"generator": wrapped(STATE), "generator_ema": wrapped(STATE)}, path),
+                  "self-forcing-style"),
+    "rolling.pt": (lambda path: torch.save({"generator_ema": wrapped(STATE, "model._fsdp_wrapped_module."),
+                                            "generator": {}}, path), "self-forcing-style"),
+    "causvid.pt": (lambda path: torch.save({"generator": wrapped(STATE)}, path), "self-forcing-style"),
+    "flat.safetensors": (lambda path: write(wrapped(STATE), path), "self-forcing-style"),
+    "bare.safetensors": (FORMATS["bare.safetensors"], "wan2.1"),
+    "comfy.safetensors": (lambda path: write(wrapped(STATE, "diffusion_model."), path), "wan2.1"),
+    "original": (FORMATS["folder"], "wan2.1"),
+    "diffusers.safetensors": (FORMATS["diffusers.safetensors"], "wan2.1-diffusers"),
+    "diffusers": (diffusers_root, "wan2.1-diffusers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_dry_run_of_every_format_names_family_size_settings_memory_and_fingerprint(command, name, tmp_path):
-    FORMATS[name](tmp_path / name)
+    make, family = EVERY[name]
+    make(tmp_path / name)
     hollow_release(tmp_path / "base")
     line = ("-q", "generate", "-m", name, "--set", "model.base=base", "--roles", "uniform", "--size", "32x48")
     done = command(*line, "-p", "a fox", "-d", "1s", "--dry-run")
     assert done.code == 0, done.err
     c = MODEL.config
-    family = "self-forcing" if name.endswith(".pt") else "wan2.1"
-    wanted = (f"{family}", f"{c.layers} layers x {c.heads} heads x {c.head_dim}", "32x48 pixels", fingerprint(MODEL),
-              "steps [1000, 750, 500, 250]", "memory (GiB)", "total", "available on cpu")  # fmt: skip
+    wanted = (f"release      {family}, as", f"{c.layers} layers x {c.heads} heads x {c.head_dim}", "32x48 pixels",
+              "steps [1000, 750, 500, 250]", "memory (GiB)", "available on cpu", fingerprint(MODEL))  # fmt: skip
     assert [text for text in wanted if text not in done.out] == []
+
+
+def test_a_dry_run_of_longlive_names_the_fingerprint_of_what_is_merged(command, tmp_path):
+    torch.save({"generator": wrapped(STATE)}, tmp_path / "base.pt")
+    wide, module = MODEL.config.dim, "base_model.model.blocks.0.self_attn.q.lora"
+    write({f"{module}_A.weight": torch.ones(2, wide), f"{module}_B.weight": torch.ones(wide, 2)}, tmp_path / "lora")
+    hollow_release(tmp_path / "base")
+    line = ("-q", "generate", "-m", "base.pt", "--set", "model.lora=lora", "--set", "model.base=base", "--dry-run")
+    done = command(*line, "--roles", "uniform", "--size", "32x48", "-p", "a fox", "-d", "1s")
+    assert done.code == 0, done.err
+    merged = open_checkpoint(tmp_path / "base.pt", tmp_path / "lora")
+    assert "release      longlive, as" in done.out
+    assert fingerprint_of(merged.state) in done.out and fingerprint(MODEL) not in done.out
 
 
 # What is missing
