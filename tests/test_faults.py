@@ -158,6 +158,7 @@ def test_a_mode_that_was_asked_for_is_kept(config, tmp_path):
     result = generate.run(config, [Item("a", (Shot(PROMPT),), line=1)], tmp_path, "error", tell := Once())
     ((_, error),) = result.failed
     assert (type(error), result.made, tell.told) == (RoomError, [], 1)
+    assert re.search(r"out of memory while telling.*; planned were 0\.0\d+ GiB", str(error))
 
 
 class Greedy:

@@ -104,14 +104,14 @@ def run(
     blueprint.check_packages()
     jobs = plan_jobs(config, blueprint, items, openings, targets)
     missing = [job for job in jobs if on_exists == "overwrite" or not job.target.video.exists()]
-    mode = choose_mode(config, blueprint, missing) if missing else None
+    planned = choose_plan(config, blueprint, missing) if missing else None
     done = [is_done(job, record(config, blueprint, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
-    if not mode:
+    if not planned:
         return result
     prompts = [shot.prompt for job in wanted for shot in job.shots]
-    studio = Studio(blueprint, prompts, mode, may_lighten=config.model.memory == "auto")
+    studio = Studio(blueprint, prompts, planned, planned.mode, may_lighten=config.model.memory == "auto")
     studio.open()
     for job in wanted:
         try:
@@ -127,12 +127,12 @@ def run(
     return result
 
 
-def choose_mode(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> Mode:
-    """The memory mode in which all jobs fit. Raises RoomError where one does not."""
+def choose_plan(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> memory.Plan:
+    """The memory, and its mode, in which all jobs fit. Raises RoomError where one does not."""
     made, available = plan_memory(config, blueprint, jobs)
     check(made, available)
     log.info("memory mode %s: %s GiB at most", made.mode, gib(made.peak))
-    return made.mode
+    return made
 
 
 def plan_memory(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> tuple[memory.Plan, int | None]:
@@ -147,6 +147,7 @@ class Studio:
 
     blueprint: Blueprint
     prompts: Sequence[str]
+    planned: memory.Plan
     mode: Mode
     may_lighten: bool  # no mode was asked for
     backbone: Backbone | None = None
@@ -159,24 +160,24 @@ class Studio:
         return self.backbone
 
     def lighten(self) -> bool:
-        """Goes on to the next lighter mode, if there is one, and lets go of the model."""
+        """Goes on to the next lighter mode, once and if there is one, and lets go of the model."""
         lighter = [*Mode][[*Mode].index(self.mode) + 1 :]
         if not self.may_lighten or not lighter:
             return False
-        self.mode, self.backbone = lighter[0], None
+        self.mode, self.backbone, self.may_lighten = lighter[0], None, False
         return True
 
 
 def make_in(studio: Studio, config: Config, job: Job, tell: Callable[[Progress], None]) -> None:
-    """`make`, and once more in a lighter memory mode where memory ran out."""
+    """`make`, and once more in a lighter memory mode where memory ran out. Raises RoomError with what was planned."""
     try:
         make(config, studio.open(), job, tell)
     except RoomError as error:
         traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next try needs
         if not studio.lighten():
-            raise
+            raise RoomError(f"{error}; planned were {gib(studio.planned.peak)} GiB", error.mend) from error
         log.warning("%s: %s; trying once more in memory mode %s", job.target.video.name, error, studio.mode)
-        make(config, studio.open(), job, tell)
+        make_in(studio, config, job, tell)
 
 
 def load(blueprint: Blueprint, mode: Mode, prompts: Sequence[str]) -> Backbone:
