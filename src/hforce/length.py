@@ -43,7 +43,7 @@ from hforce.toy.world import FPS, PIXELS, Scene
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the experiment: raise it when the films, the stream or the judge change what the same settings give
+VERSION = 3  # of the experiment: raise it when the films, the stream or the judge change what the same settings give
 LENGTHS = (5, 15, 30, 60, 120)  # seconds
 TURN = 10.0  # seconds of a prompt that takes turns, which is twice what the model is trained on
 SCENE_SEED = 40_000_000  # of the prompts. Training has 0 and 1 000 000, evaluation 20 000 000, the judge 30 000 000

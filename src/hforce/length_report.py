@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KIND = "hforce.length/1"
 MEASURES = tuple(field.name for field in fields(Scores))
 SHOWN = ("color_right", "shape_right", "tint_kept", "landmark_kept", "mark_kept", "one_object", "motion_right",
-         "on_time", "residual")  # fmt: skip
+         "on_path", "on_time", "residual")  # fmt: skip
 FILMS: Mapping[str, str] = MappingProxyType({
     "hold": "one prompt for the whole video",
     "return": "two prompts that take turns, each for ten seconds",
@@ -38,7 +38,7 @@ DRAWS, SEED = 4000, 0  # of the bootstrap
 FEWEST = 6  # videos that have an interval: of five, all may change the same way by chance more often than 1 in 20 times
 QUANTILES = (0.025, 0.975)
 DIGITS = 6  # of the numbers in the JSON document
-PANELS = 3  # in a row of the picture
+PANELS = 5  # in a row of the picture
 DODGE = 1.015  # factor by which the lines of the picture are apart, so that none hides another
 
 DEFINITIONS: Mapping[str, str] = MappingProxyType({
@@ -67,7 +67,8 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "as when the scene was first seen; exactly one in sight where one should be; no jump since the frame before",
     "on_time": "of the returns of a passing object to the picture, the fraction that is neither early nor late; not to "
     "come back counts too. The second in which that happens has the value, others have none",
-    "motion_right": "fraction of seconds in which the movement fits the motion, speed and lane of the prompt",
+    "motion_right": "fraction of seconds in which no motion, speed and lane fits the movement better than the prompt's",
+    "on_path": "fraction of seconds in which the movement is within 3 pixels rms of the prompt's",
     "ghosts": "area of what should not be there, in areas of the object; 0 is best",
     "hue_error, size_error, ground_error": "degrees, pixels and rms 0..1 from when the scene was first seen",
     "residual": "rms 0..1 between the frame and a clean drawing of what is seen in it; 0 is best",
@@ -298,12 +299,12 @@ def plot(result: LengthResult, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 13), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(20, 11), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     parts: Any = figure.subfigures(len(result.summary), 1, hspace=0.04, squeeze=False)
     for part, (kind, summary) in zip(parts[:, 0], result.summary.items(), strict=True):
         part.suptitle(f"{_title(result, kind)}; last {EDGE} s, mean and 95 % interval")
-        panels = part.subplots(len(SHOWN) // PANELS, PANELS, sharex=True).flat
+        panels = part.subplots(-(-len(SHOWN) // PANELS), PANELS, sharex=True).flat
         for axes, measure in zip(panels, SHOWN, strict=True):
             _draw(axes, summary.at, measure, result)
     lines, names = axes.get_legend_handles_labels()

@@ -13,7 +13,7 @@ from hforce.toy.motion import PATHS, likeliest_path, path_error
 from hforce.toy.world import HUES, PIXELS, SLOTS, Scene, position, presence, render
 
 RIGHT = [field.name for field in fields(Scores) if field.name.endswith(("_right", "_kept"))] + [
-    "one_object", "one_landmark", "continuity"
+    "one_object", "one_landmark", "continuity", "on_path"
 ]  # fmt: skip
 RARE = ["on_time"]  # known only where a passing object is due
 DISTANCES = ["ghosts", "hue_error", "size_error", "ground_error", "residual"]
@@ -160,6 +160,7 @@ def test_a_swapped_attribute_is_seen_by_its_measure_alone(change, measure):
     measures = ends(coded(halves(BOUNCING, render(variant(BOUNCING, **change), 80, first=80))), BOUNCING)
     assert measures[measure] == (1, 0)
     related = {"color_right": {"hue_kept"}, "ground_right": {"tint_kept"}, "pattern_right": {"tint_kept"}}
+    related["motion_right"] = {"on_path"}
     others = set(RIGHT) - {measure} - related.get(measure, set())
     others -= {"one_object"} if change.get("motion") == "passing left" else set()
     others -= {"one_landmark", "landmark_kept"} if change.get("lane") == "lower" else set()  # the object covers it
@@ -170,7 +171,14 @@ def test_a_freeze_is_seen_by_motion():
     frozen = np.repeat(render(BOUNCING, 1, first=90), 80, axis=0)
     measures = ends(halves(BOUNCING, frozen), BOUNCING)
     assert measures["motion_right"] == (1, 0)
-    assert {name for name in RIGHT if measures[name] != (1, 1)} == {"motion_right"}
+    assert {name for name in RIGHT if measures[name] != (1, 1)} == {"motion_right", "on_path"}
+
+
+def test_the_right_motion_at_a_slightly_wrong_speed_is_right_but_off_its_path():
+    late = np.concatenate([render(BOUNCING, 1, first=80 + 0.75 * t) for t in range(80)])
+    measures = ends(halves(BOUNCING, late), BOUNCING)
+    assert measures["on_path"] == (1, 0)
+    assert {name for name in RIGHT if measures[name] != (1, 1)} == {"on_path"}
 
 
 @pytest.mark.parametrize("opacity", [1.0, 0.5])
@@ -217,6 +225,7 @@ def test_an_object_that_vanishes_is_missed():
     assert (scores.one_object[:5] == 1).all()
     assert (scores.one_object[5:] == 0).all()
     assert (scores.motion_right[-10:] == 0).all()
+    assert (scores.on_path[-10:] == 0).all()
     assert np.isnan(scores.color_right[-10:]).all()
 
 

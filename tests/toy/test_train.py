@@ -35,6 +35,7 @@ RECIPE = Recipe(
     codec_steps=2, codec_batch=2, codec_frames=5, clips=6, parts=2, save_every=1,
     coarse=Phase("coarse", patch=2, steps=3, batch=2, first_batch=2),
     fine=Phase("fine", patch=1, steps=3, batch=2, first_batch=2),
+    longer=Phase("longer", patch=1, steps=2, batch=2, first_batch=2, begin=3, peak=0.5),
 )  # fmt: skip
 SMALL = WanConfig(
     dim=48, ffn_dim=48, layers=2, heads=2, text_dim=16, text_len=8, in_channels=12, out_channels=12, patch=(1, 1, 1)
@@ -51,21 +52,21 @@ def train(folder: Path, recipe: Recipe = RECIPE) -> TinyModel:
 
 
 class StoppedRun(Run):
-    """A run that dies right after its second checkpoint of one phase of the transformer."""
+    """A run that dies right after a checkpoint of one phase of the transformer."""
 
-    last = ""
+    last, at = "", 2
 
     def save(self, name: str, values: dict) -> None:
         super().save(name, values)
-        if name == self.last and values["step"] == 2:
+        if name == self.last and values["step"] == self.at:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("phase", ["coarse", "fine"])
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, phase):
+@pytest.mark.parametrize(("phase", "at"), [("coarse", 2), ("fine", 2), ("longer", 1)])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, phase, at):
     whole = train(tmp_path / "whole").state_dict()
     run = StoppedRun(tmp_path / "stopped", RECIPE, "cpu")
-    run.last = f"{phase}.pt"
+    run.last, run.at = f"{phase}.pt", at
     torch.manual_seed(RECIPE.seed)
     model = TinyModel(SMALL, CODEC)
     train_codec(run, model)
@@ -87,7 +88,8 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path):
 def test_curves_are_logged(tmp_path):
     train(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"codec", "clips", "coarse", "coarse held out", "fine", "fine held out"}
+    phases = {name for phase in ("coarse", "fine", "longer") for name in (phase, f"{phase} held out")}
+    assert {line["stage"] for line in lines} == {"codec", "clips"} | phases
     named = {name: (steps, values) for name, steps, values in curves(tmp_path / "log.jsonl")}
     assert named["coarse held out clip"][0] == named["fine held out clip"][0] == [1, 2, 3]
 

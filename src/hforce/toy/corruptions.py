@@ -33,6 +33,7 @@ from hforce.toy.world import (
 HALF = 80  # video frames that a scene is right, and then wrong
 CUTS = (0, 45, 93, 153)  # of a film that leaves a scene and returns to it; where chunks begin
 COLOR_DRIFT, FADE = 40.0, 0.75  # degrees, and the factor on the background, at the end of a slow drift
+SLOWED = 0.8  # share of its speed that an object has which keeps to its path too slowly
 DELAY = 12  # video frames by which an object comes back too late
 FAINT = 0.5  # strength of a landmark that is half gone
 
@@ -116,6 +117,12 @@ def _freeze(scene: Scene) -> Video:
     return np.repeat(render(scene, 1, HALF), HALF, axis=0)
 
 
+def _slowed(scene: Scene) -> Video:
+    """On its path, but slower than its slow or fast word says."""
+    clock = HALF + SLOWED * np.arange(HALF)
+    return np.concatenate([render(scene, 1, t) for t in clock])
+
+
 def _flash_back(scene: Scene) -> Video:
     """The first second once more, when the object is furthest from where it was then."""
     later, t = _rest(scene), np.arange(FPS, HALF - FPS)
@@ -190,7 +197,10 @@ CORRUPTIONS = (
     Corruption("object of another shape", "shape_right", _with("shape")),
     Corruption("object of another size", "size_kept", _with("size")),
     Corruption("another mark", "mark_kept", _with("mark")),
+    Corruption("another motion", "motion_right", _with("motion")),
+    Corruption("another speed", "motion_right", _with("speed")),
     Corruption("freeze", "motion_right", _freeze),
+    Corruption("a fifth too slow", "on_path", _slowed),
     Corruption("flash-back", "continuity", _flash_back, words=STAYING),
     Corruption("second object", "one_object", _second_object),
     Corruption("object does not come back", "one_object", _never_back, words=PASSING),

@@ -34,12 +34,14 @@ from hforce.video import contact_sheet
 
 log = logging.getLogger(__name__)
 
+PHASES = ("coarse", "fine", "longer")  # of the transformer's training, each with a panel of curves
+
 FRAMES = 81
 PROMPT_SEED = 20_000_000  # scenes are drawn from this seed; training draws its clips from seeds 0 and 1 000 000
 BACK_BY = 57  # video frame by which a returning film is back in a scene it left, so that its last second is all in it
 SETUPS = ("window", "head-forcing")  # that the model is judged under; pictures are of the last
-SHOWN = ("color_right", "shape_right", "ground_right", "pattern_right", "one_object", "motion_right", "mark_kept",
-         "hue_kept", "size_kept", "tint_kept", "landmark_kept", "residual")  # fmt: skip
+SHOWN = ("color_right", "shape_right", "ground_right", "pattern_right", "one_object", "motion_right", "on_path",
+         "mark_kept", "hue_kept", "size_kept", "tint_kept", "landmark_kept", "residual")  # fmt: skip
 
 Video = NDArray[np.uint8]
 
@@ -128,7 +130,7 @@ def curves(log_file: Path) -> Iterator[tuple[str, list[float], list[float]]]:
     """Training curves out of log.jsonl: name, steps, values."""
     lines = [json.loads(line) for line in log_file.read_text().splitlines()]
     parts = [("codec", "psnr")]
-    for phase in ("coarse", "fine"):
+    for phase in PHASES:
         parts += [(phase, "loss"), (f"{phase} held out", "clip"), (f"{phase} held out", "first")]
     for stage, value in parts:
         chosen = [line for line in lines if line["stage"] == stage]
@@ -142,8 +144,8 @@ def plot_curves(log_file: Path, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(14, 3.5), layout="constrained")
-    for axes, stage in zip(panels, ("codec", "coarse", "fine"), strict=True):
+    figure, panels = pyplot.subplots(1, 1 + len(PHASES), figsize=(16, 3.5), layout="constrained")
+    for axes, stage in zip(panels, ("codec", *PHASES), strict=True):
         for name, steps, values in curves(log_file):
             if name.startswith(stage):
                 axes.plot(steps, values, label=name.removeprefix(f"{stage} "), linewidth=1)

@@ -107,7 +107,7 @@ def measured(scores: Scores) -> Tally:
     """The measures that are fractions, over the seconds that have something to judge."""
     names = [field.name for field in fields(Scores)]
     values = {name: getattr(scores, name) for name in names if name.endswith(("_right", "_kept", "continuity"))}
-    values |= {name: getattr(scores, name) for name in ("one_object", "one_landmark", "on_time")}
+    values |= {name: getattr(scores, name) for name in ("one_object", "one_landmark", "on_path", "on_time")}
     return {name: (float(np.nansum(value)), float(np.isfinite(value).sum())) for name, value in values.items()}
 
 

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hforce.toy.landmarks import COVERED, NOTHING
-from hforce.toy.motion import PATHS, path_error
+from hforce.toy.motion import PATHS, idle_error, path_error
 from hforce.toy.reading import Reading, read_frames
 from hforce.toy.schedule import Asked, Stretch, asked_words, each_stretch, first_seen, stretches
 from hforce.toy.world import CORNERS, FPS, LOOP, MARGIN, PIXELS, SPEEDS
 
 __all__ = ["Reading", "Scores", "drift", "read_frames", "score"]
 
-MOTION_TOLERANCE = 3.0  # pixels, rms: up to this the motion is the asked one
+PATH_TOLERANCE = 3.0  # pixels, rms: so near to a path an object is on it
 HUE_TOLERANCE, SIZE_TOLERANCE = 8.0, 1.0  # degrees and pixels within which what is remembered counts as kept
 TINT_TOLERANCE = 0.06  # the same for the background's tones, over their brightness; a tint is 0.85 to 1.15
 JUMP = 1.5  # pixels by which an object may move further in a frame than its speed allows: it is read that exactly
@@ -39,11 +39,12 @@ class Scores:
     """Measures a second, float [seconds]; nan where a second has nothing to judge, or the words do not say it.
 
     Fractions 0..1 of the frames, 1 is best: color_right, shape_right (of an object fully in the picture), ground_right,
-    pattern_right, motion_right (motion, speed and lane, in any phase), one_object and one_landmark (exactly one,
-    wherever one should be seen), continuity (the object moved no further than its speed allows since the frame before),
-    on_time (of the returns of a passing object, those that come when its way round is done; one that is overdue counts
-    as missed), and mark_kept, hue_kept, size_kept, tint_kept, landmark_kept (which one and where, and no other): as
-    when the scene was first seen, for no prompt says them.
+    pattern_right, motion_right (no other motion, speed or lane fits better, in any phase, nor does rest or absence),
+    on_path (the movement is within 3 pixels rms of the asked one), one_object and one_landmark (exactly one, wherever
+    one should be seen), continuity (the object moved no further than its speed allows since the frame before), on_time
+    (of the returns of a passing object, those that come when its way round is done; one that is overdue counts as
+    missed), and mark_kept, hue_kept, size_kept, tint_kept, landmark_kept (which one and where, and no other): as when
+    the scene was first seen, for no prompt says them.
     Distances, 0 is best: ghosts (area of what should not be there, in areas of the object), hue_error (degrees),
     size_error (pixels) and ground_error (rms 0..1) from when the scene was first seen, residual (rms 0..1) from a clean
     drawing. sharpness: steepness of the object's edge over that when the scene was first seen; 1 is unchanged.
@@ -54,6 +55,7 @@ class Scores:
     ground_right: Array
     pattern_right: Array
     motion_right: Array
+    on_path: Array
     one_object: Array
     one_landmark: Array
     continuity: Array
@@ -81,12 +83,14 @@ def score(reading: Reading, asked: Asked, fps: int = FPS) -> Scores:
     """
     plan = stretches(asked, len(reading.x))
     always, whole = np.ones(len(reading.x), bool), reading.whole
+    moves, on_path = each_stretch(plan, lambda part: _motion(reading, part, fps)).T
     right = {
         "color_right": (_says(reading.color, asked_words(plan, "color")), whole),
         "shape_right": (_says(reading.shape, asked_words(plan, "shape")), whole),
         "ground_right": (_says(reading.ground, asked_words(plan, "ground")), always),
         "pattern_right": (_says(reading.pattern, asked_words(plan, "pattern")), always),
-        "motion_right": (each_stretch(plan, lambda part: _motion_right(reading, part, fps)), always),
+        "motion_right": (moves, always),
+        "on_path": (on_path, always),
         "one_object": (each_stretch(plan, lambda part: _one_object(reading, part)), always),
         "one_landmark": (_one_landmark(reading), always),
         "continuity": (_continuity(reading, plan), always),
@@ -148,17 +152,21 @@ def _one_object(reading: Reading, part: Stretch) -> Array:
     return np.where(excused, np.nan, alone)
 
 
-def _motion_right(reading: Reading, part: Stretch, fps: int) -> Array:
-    """1 for the frames of a stretch in whose second the movement fits the asked motion, speed and lane, else 0.
+def _motion(reading: Reading, part: Stretch, fps: int) -> Array:
+    """Of every frame of a stretch [T, 2]: whether the asked motion, speed and lane fit best, and whether they fit well.
 
-    nan if none of them is asked for. Seconds are counted from the beginning of the stretch.
+    1 or 0 for all frames of a second, nan if none of them is asked for. Seconds are counted from the beginning of the
+    stretch. A path that fits as well as the asked one, as in a short stretch, leaves it right.
     """
     x, y = reading.x[part.frames], reading.y[part.frames]
     said = [part.words.get(slot) for slot in ("motion", "speed", "lane")]
-    fitting = [path for path in PATHS if all(want in (None, have) for want, have in zip(said, path, strict=True))]
-    error = np.min([path_error(x, y, path, fps) for path in fitting], axis=0)
-    fits = np.where(any(said), error <= MOTION_TOLERANCE, np.nan)
-    return fits[_seconds(len(x), fps)]
+    if not any(said):
+        return np.full((len(x), 2), np.nan)
+    errors = np.array([*(path_error(x, y, path, fps) for path in PATHS), idle_error(x, y, fps)])
+    asked = np.array([all(want in (None, have) for want, have in zip(said, path, strict=True)) for path in PATHS])
+    error = errors[:-1][asked].min(axis=0)
+    fits = np.array([error <= errors.min(axis=0), error <= PATH_TOLERANCE])
+    return fits.T[_seconds(len(x), fps)].astype(np.float64)
 
 
 def _continuity(reading: Reading, plan: Sequence[Stretch]) -> Array:

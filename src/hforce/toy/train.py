@@ -2,9 +2,10 @@
 
     python -m hforce.toy.train --out build/tiny
 
-Four stages, each resumed from its last checkpoint: the codec, the encoded clips, the transformer on coarse tokens
-(2 x 2 latent cells each, a quarter of the work), the transformer on the tokens it ships with. Every batch is drawn from
-a generator keyed by (seed, step), so an interrupted run continues as if nothing had happened. Curves go to log.jsonl.
+Five stages, each resumed from its last checkpoint: the codec, the encoded clips, the transformer on coarse tokens
+(2 x 2 latent cells each, a quarter of the work), the transformer on the tokens it ships with, and the same once more
+with the rate of learning raised again. Every batch is drawn from a generator keyed by (seed, step), so an interrupted
+run continues as if nothing had happened. Curves go to log.jsonl.
 The transformer is trained by flow matching with teacher forcing (clean clip beside the noisy one, a noise level per
 chunk, the clean side lightly noised half of the time so that it forgives its own mistakes).
 """
@@ -46,6 +47,8 @@ class Phase:
     steps: int
     batch: int  # clips in a step
     first_batch: int  # first chunks on their own, extra in every step: they are the hardest
+    begin: int = 0  # number of its first batch: a phase that begins where another ended draws batches of its own
+    peak: float = 1.0  # of the recipe's rate of learning
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Recipe:
     clips: int = 5000
     coarse: Phase = Phase("coarse", patch=2, steps=1150, batch=12, first_batch=32)
     fine: Phase = Phase("fine", patch=1, steps=640, batch=8, first_batch=16)
+    longer: Phase = Phase("longer", patch=1, steps=700, batch=8, first_batch=16, begin=640, peak=0.8)
     parts: int = 4  # of every batch, each worked on by one thread: faster than many threads inside an operation
     views: int = 2  # noisy copies of every clip, beside one clean
     lr: float = 2.5e-3
@@ -243,7 +247,7 @@ class Trainer:
 
 
 def train_transformer(run: Run, model: TinyModel, clips: Clips) -> TinyModel:
-    """Stages 3 and 4: the transformer and the words, on coarse tokens first, which cost a quarter.
+    """Stages 3 to 5: the transformer and the words, on coarse tokens first, which cost a quarter.
 
     Returns the moving average of the weights, which is what ships.
     """
@@ -253,7 +257,9 @@ def train_transformer(run: Run, model: TinyModel, clips: Clips) -> TinyModel:
     init_weights(coarse, run.recipe.seed)
     coarse = train_phase(run, coarse, clips, run.recipe.coarse)
     refine(model, coarse)
-    return train_phase(run, model, clips, run.recipe.fine)
+    for phase in (run.recipe.fine, run.recipe.longer):
+        model = train_phase(run, model, clips, phase)
+    return model
 
 
 def train_phase(run: Run, model: TinyModel, clips: Clips, phase: Phase) -> TinyModel:
@@ -268,11 +274,12 @@ def train_phase(run: Run, model: TinyModel, clips: Clips, phase: Phase) -> TinyM
     # The plain form of attention to the text: its backward pass is much faster on a CPU.
     with sdpa_kernel(SDPBackend.MATH), ThreadPoolExecutor(min(recipe.parts, os.cpu_count() or 1)) as workers:
         for step in range(start, phase.steps):
-            numbers = range(step * recipe.parts, (step + 1) * recipe.parts)
+            batch = phase.begin + step
+            numbers = range(batch * recipe.parts, (batch + 1) * recipe.parts)
             work = [workers.submit(part_of_step, trainer, clips, phase, optimizer, number) for number in numbers]
             results = [part.result() for part in work]
             gradients = [torch.stack(shares).mean(dim=0) for shares in zip(*(r[0] for r in results), strict=True)]
-            optimizer.step(gradients, rate(step, phase.steps, recipe))
+            optimizer.step(gradients, phase.peak * rate(step, phase.steps, recipe))
             _follow(average, model, min(recipe.ema, (step + 1) / (step + 10)))
             if step % 20 == 0:
                 losses = (sum(values) / recipe.parts for values in zip(*(r[1] for r in results), strict=True))
@@ -379,13 +386,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for checkpoints and curves")
     parser.add_argument("--weights", type=Path, default=Path("src/hforce/models/tiny.safetensors"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=Recipe.fine.steps, help="of the last stage")
+    parser.add_argument("--steps", type=int, default=Recipe.longer.steps, help="of the last stage")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.threads:
         torch.set_num_threads(options.threads)
-    run = Run(options.out, Recipe(fine=replace(Recipe.fine, steps=options.steps)), options.device)
+    run = Run(options.out, Recipe(longer=replace(Recipe.longer, steps=options.steps)), options.device)
     torch.manual_seed(run.recipe.seed)
     model = TinyModel().to(run.device)
     train_codec(run, model)

@@ -223,11 +223,11 @@ def distance(shape: str, size: float | Floats, dx: Floats, dy: Floats) -> Floats
     return outline
 
 
-def render(scene: Scene, frames: int, first: int = 0) -> NDArray[np.uint8]:
+def render(scene: Scene, frames: int, first: float = 0) -> NDArray[np.uint8]:
     """The scene from its video frame `first` on, with soft edges: uint8 [frames, 64, 64, 3]."""
     ground = backdrop(scene)
     video = np.repeat(np.rint(ground)[None].astype(np.uint8), frames, axis=0)
-    x, y = position(scene, np.arange(first, first + frames))
+    x, y = position(scene, first + np.arange(frames))
     alpha, left, top = cover(scene.shape, scene.size, x, y)
     paint = np.broadcast_to(object_color(scene.color, scene.hue), (*alpha.shape, 3))
     if scene.mark != "none":
