@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +32,17 @@ def test_a_model_comes_back_from_its_file(random_tiny, tmp_path):
     assert all(value.equal(again.state_dict()[name]) for name, value in random_tiny.state_dict().items())
     assert not again.training
     assert not any(weight.requires_grad for weight in again.parameters())
+
+
+def test_generating_does_not_load_the_compiler_of_torch(tmp_path):
+    """A normal draw on the meta device did, which took two seconds at every start."""
+    program = (
+        "import sys; from hforce import cli; sys.argv = sys.argv[:1] + ['generate', '-d', '1s', '-o', sys.argv[1]];"
+        "code = cli._run(); sys.exit(code or 'torch._dynamo' in sys.modules)"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "frames.mp4")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, (tmp_path / "frames.mp4").exists()) == (0, True), done.stderr
 
 
 def test_half_precision_halves_the_file_and_is_read_as_float32(weights):

@@ -51,7 +51,10 @@ class TinyModel(nn.Module):
     def __init__(self, dit: WanConfig = DIT, codec: TaehvConfig = CODEC) -> None:
         super().__init__()
         self.dit, self.codec = CausalWan(dit), TAEHV(codec)
-        self.words = nn.Embedding(len(VOCABULARY), dit.text_dim)
+        words = torch.empty(len(VOCABULARY), dit.text_dim)
+        if not words.is_meta:  # where a normal draw would import the whole of torch's compiler: seconds at every start
+            nn.init.normal_(words)
+        self.words = nn.Embedding.from_pretrained(words, freeze=False)
         self.register_buffer("latent_mean", torch.zeros(codec.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(codec.latent_channels, 1, 1))
 
