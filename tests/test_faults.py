@@ -21,9 +21,9 @@ from torch import Tensor
 from hforce import generate
 from hforce.build import build_backbone, build_plan, build_script, build_stream
 from hforce.config import load_config
+from hforce.decoding import decoded
 from hforce.documents import file_digest
 from hforce.errors import CheckpointError, RoomError, UnavailableError, memory_for
-from hforce.generate import decoded
 from hforce.models.base import Decoder
 from hforce.models.checkpoints import load_transformer, open_checkpoint
 from hforce.models.registry import choose_dtype, has_bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
@@ -23,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from hforce import generate
 from hforce.build import build_backbone, build_plan, build_script, build_stream
 from hforce.config import load_config
+from hforce.decoding import decoded, read_ahead, to_bytes
 from hforce.errors import DataError, HforceError, OutputError, WriteError
-from hforce.generate import Progress, Result, Sheet, choose_targets, decoded, to_bytes
+from hforce.generate import Progress, Result, Sheet, choose_targets
 from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
 from hforce.models.tiny import WORD_INDEX, WordEncoder
 from hforce.models.weights import read_safetensors
@@ -110,6 +112,41 @@ def test_size_upscaling_and_speed_are_as_asked(settings, tmp_path):
         stream = container.streams.video[0]
         assert (stream.codec_context.width, stream.codec_context.height) == (384, 288)
         assert (stream.average_rate, stream.frames) == (10, 21)
+
+
+def test_the_next_chunk_is_made_meanwhile_and_frames_stay_the_same(settings):
+    backbone, shots = build_backbone(settings(seconds=3)), [Shot(CIRCLE)]
+    plan = build_plan(shots, 3, 16, backbone)
+    made: list[list] = []
+    for ahead in (False, True):
+        stream = build_stream(settings(seconds=3), backbone, plan.total)
+        made.append(list(decoded(stream, build_script(shots, plan, backbone), backbone, ahead=ahead)))
+    assert len(made[0]) == plan.total
+    for (chunk, frames, _), (other, others, seconds) in zip(*made, strict=True):
+        assert (chunk.number, chunk.latents.equal(other.latents)) == (other.number, True)
+        np.testing.assert_array_equal(frames, others)
+        assert min(seconds.values()) > 0
+
+
+def test_one_item_is_read_ahead_and_no_more():
+    taken = []
+
+    def items():
+        for number in range(1, 9):
+            taken.append((number, threading.current_thread() is threading.main_thread()))
+            yield number
+        raise DataError("the ninth is bad")
+
+    reading = read_ahead(items())
+    assert next(reading) == 1
+    reading.close()  # waits for what is being made
+    assert taken == [(1, False), (2, False)]
+    got = []
+    with pytest.raises(DataError, match="the ninth is bad"):
+        for item in read_ahead(items()):
+            got.append(item)
+    assert got == [*range(1, 9)]
+    assert list(read_ahead(iter([]))) == []
 
 
 def test_the_video_shows_the_frames_that_were_decoded(settings, tmp_path):

@@ -163,6 +163,15 @@ def test_auto_takes_the_first_mode_that_fits():
     assert memory.choose(work, "speed", 10).mode is Mode.SPEED
 
 
+def test_speed_has_room_for_a_pass_beside_the_decoder():
+    work = work_with(Needs(transformer=10, text=0, codec=10, encoding=0, decoder=0, decoding=10**6), "cuda")
+    speed, balanced = (memory.plan(work, mode) for mode in (Mode.SPEED, Mode.BALANCED))
+    assert balanced.phases["decoding"]["work"] == 10**6
+    assert speed.phases["decoding"]["work"] == 10**6 + speed.phases["denoising"]["work"]
+    assert speed.phases["denoising"]["work"] == balanced.phases["denoising"]["work"] > 0
+    assert memory.plan(replace(work, here="cpu"), Mode.SPEED).phases["decoding"]["work"] == 10**6
+
+
 def test_beside_a_gpu_the_text_encoder_may_run_on_the_cpu():
     needs = Needs(transformer=10**8, text=5 * 10**8, codec=10**8, encoding=10, decoder=10**6, decoding=10**6)
     made = memory.choose(work_with(needs, "cuda"), "balanced", 3 * 10**8)

@@ -31,8 +31,8 @@ from hforce.build import Plan, build_bench_backbone, build_plan, build_roles, bu
 from hforce.cache.eager import EagerWindow
 from hforce.cache.roles import head_order
 from hforce.config import with_setup
+from hforce.decoding import Decoded, decoded, to_bytes
 from hforce.errors import ConfigError, HforceError
-from hforce.generate import decoded, to_bytes
 from hforce.machine import (
     Clock,
     Stopwatch,
@@ -73,7 +73,6 @@ HEAD_SECONDS, TAIL_SECONDS = 7, 10
 NO_CODECS: Mapping[str, Codec] = MappingProxyType({})
 SETTLED = 20  # chunks after which the process should not grow any more
 
-Decoded = tuple[Chunk, NDArray[np.uint8], dict[str, float]]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from hforce.build import (
     effective,
     pin_model,
 )
+from hforce.decoding import decoded
 from hforce.documents import file_digest, read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, RoomError, memory_for
 from hforce.memory import Mode, check, gib
@@ -38,7 +38,6 @@ from hforce.models.base import Backbone, Blueprint, Described
 from hforce.opening import Opening, examine, read_opening
 from hforce.prompts import Init, Item, Shot, file_stem
 from hforce.settings import Config, VideoConfig
-from hforce.stream import Chunk, Stream
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
 
 log = logging.getLogger(__name__)
@@ -159,6 +158,11 @@ class Studio:
                 self.backbone = load(self.blueprint, self.mode, self.prompts)
         return self.backbone
 
+    @property
+    def makes_ahead(self) -> bool:
+        """Whether the next chunk is made while one is decoded. On a CPU both share the cores, and nothing is gained."""
+        return self.mode is Mode.SPEED and self.blueprint.device.startswith("cuda")
+
     def lighten(self) -> bool:
         """Goes on to the next lighter mode, once and if there is one, and lets go of the model."""
         lighter = [*Mode][[*Mode].index(self.mode) + 1 :]
@@ -171,7 +175,7 @@ class Studio:
 def make_in(studio: Studio, config: Config, job: Job, tell: Callable[[Progress], None]) -> None:
     """`make`, and once more in a lighter memory mode where memory ran out. Raises RoomError with what was planned."""
     try:
-        make(config, studio.open(), job, tell)
+        make(config, studio.open(), job, studio.makes_ahead, tell)
     except RoomError as error:
         traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next try needs
         if not studio.lighten():
@@ -237,8 +241,11 @@ def plan_job(config: Config, backbone: Described, item: Item, opening: Opening |
     return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone, given), seed, target, opening)
 
 
-def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None]) -> None:
-    """Generates, decodes and encodes one video, then writes its contact sheet and sidecar."""
+def make(config: Config, backbone: Backbone, job: Job, ahead: bool, tell: Callable[[Progress], None]) -> None:
+    """Generates, decodes and encodes one video, then writes its contact sheet and sidecar.
+
+    With `ahead` the next chunk is made while one is decoded.
+    """
     started = time.monotonic()
     with memory_for("laying out the cache"):
         stream = build_stream(config, backbone, job.plan.held(backbone.geometry.chunk), job.seed)
@@ -252,7 +259,7 @@ def make(config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress]
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
     try:
         with sink:
-            for _, frames, seconds in decoded(stream, script, backbone, given):
+            for _, frames, seconds in decoded(stream, script, backbone, given, ahead):
                 begin = time.perf_counter()
                 sink.write(upscale(frames, factor))
                 seconds["encode"] = time.perf_counter() - begin
@@ -278,33 +285,6 @@ def encode_opening(opening: Opening, latents: int, backbone: Backbone) -> Tensor
         log.warning("%s: its last %d video frames are left out, for latent frames take %d", *told)
     with torch.inference_mode():
         return backbone.codec.encode(torch.from_numpy(frames[:taken]).permute(0, 3, 1, 2)[None] / 255)
-
-
-def decoded(
-    stream: Stream, script: Sequence[Any], backbone: Backbone, given: Tensor | None = None
-) -> Iterator[tuple[Chunk, NDArray[np.uint8], dict[str, float]]]:
-    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage; the `given` latents first.
-
-    Raises DataError at a chunk whose latents or frames hold values that are not finite, RoomError for want of memory.
-    """
-    decoder, chunks = backbone.codec.decoder(), stream.play(script, given)
-    for number in count():
-        with memory_for(f"denoising chunk {number}"):
-            chunk = next(chunks, None)
-        if chunk is None:
-            return
-        begin = time.perf_counter()
-        with memory_for(f"decoding chunk {number}"):
-            frames = decoder(chunk.latents)
-        if not bool(torch.isfinite(frames).all()):
-            message = f"the video frames of chunk {chunk.number} hold values that are not finite"
-            raise DataError(message, "the codec's weights do not fit the model; the chunks before it are kept")
-        yield chunk, to_bytes(frames), {**chunk.seconds, "decode": time.perf_counter() - begin}
-
-
-def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
-    """Video frames [T, 3, H, W] in 0..1 -> uint8 [T, H, W, 3], rounded."""
-    return (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 class Sheet:

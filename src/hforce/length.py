@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hforce.bench import BenchProgress, choose_setups, find_schedule
 from hforce.build import build_backbone, build_plan, build_roles, build_script, build_stream, check_cache, count_cores
+from hforce.decoding import decoded
 from hforce.documents import file_digest, read_document
 from hforce.errors import ConfigError, HforceError, UnavailableError, cannot_write
-from hforce.generate import decoded
 from hforce.length_report import FILMS, MEASURES, Case, LengthResult, at_lengths, summarise
 from hforce.length_report import plot as plot
 from hforce.length_report import table as table

@@ -94,6 +94,8 @@ def plan(work: Work, mode: Mode, text_here: bool = True) -> Plan:
     base |= {"text context": context, "keys looked at": looked_bytes(work)} | (text if stays else {})
     denoising = base | {"work": max(pass_bytes(work), turning_bytes(work), context if work.switches else 0)}
     decoding = base | codec | memory | {"work": max(n.decoding, pictures)}
+    if stays and work.here == "cuda":  # the next chunk is made while one is decoded
+        decoding["work"] += denoising["work"]
     if mode is Mode.LOW:
         denoising |= memory if work.here == "cpu" else {}
         decoding = decoding if work.here == "cpu" else base

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from hforce.build import build_backbone, build_plan, build_script, build_stream
 from hforce.config import load_config
-from hforce.generate import decoded, to_bytes
+from hforce.decoding import decoded, to_bytes
 from hforce.models.base import Backbone
 from hforce.prompts import Shot
 from hforce.settings import Config

@@ -1,4 +1,4 @@
-"""Which of the known paths an object follows, and how closely.
+"""Which of the known paths an object follows.
 
 A path is a motion, a speed and a lane; its phase is free, for a small error of speed piles up over a long video without
 anything having gone wrong.

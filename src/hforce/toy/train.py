@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from hforce.attention.rope import Rope3D
 from hforce.models.dit import WanConfig
 from hforce.models.tiny import LATENT_PIXELS, TinyModel
 from hforce.toy.data import CHUNKS, LATENTS, Clips, encode_clips, load_clips, save_clips, video_batch
+from hforce.toy.optimizer import Optimizer
 from hforce.toy.world import PIXELS
 
 log = logging.getLogger(__name__)
@@ -76,46 +77,6 @@ class Recipe:
     object_weight: float = 5.0  # of object cells in a loss, against 1 for the background
     ema: float = 0.995
     save_every: int = 100
-
-
-class Optimizer:
-    """Muon for matrices and kernels (flattened to matrices), AdamW for everything else."""
-
-    def __init__(self, module: nn.Module, lr: float, adam_lr: float, is_matrix: Callable[[str, Tensor], bool]) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.matrices = [p for n, p in named if is_matrix(n, p)]
-        self.others = [p for n, p in named if not is_matrix(n, p)]
-        self.flat = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]  # views: they share the storage
-        muon = torch.optim.Muon(self.flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        adam = torch.optim.AdamW(self.others, lr=adam_lr, weight_decay=0.0, betas=(0.9, 0.98))
-        self.parts = [(muon, lr), (adam, adam_lr)]
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All that learns, in the order in which `step` takes gradients."""
-        return [*self.matrices, *self.others]
-
-    def step(self, gradients: Sequence[Tensor], scale: float) -> None:
-        """One update with the learning rates times `scale`."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for flat, matrix in zip(self.flat, self.matrices, strict=True):
-            flat.grad = None if matrix.grad is None else matrix.grad.flatten(1)
-            matrix.grad = None
-        for optimizer, lr in self.parts:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def state(self) -> list[dict[str, object]]:
-        """What to save."""
-        return [optimizer.state_dict() for optimizer, _ in self.parts]
-
-    def restore(self, state: list[dict[str, object]]) -> None:
-        """Continues from `state()`."""
-        for (optimizer, _), saved in zip(self.parts, state, strict=True):
-            optimizer.load_state_dict(saved)
 
 
 def rate(step: int, steps: int, recipe: Recipe) -> float:

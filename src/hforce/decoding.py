@@ -1,0 +1,81 @@
+"""Chunks of latents -> video frames, the next chunk being made while one is decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hforce.errors import DataError, memory_for
+from hforce.models.base import Backbone
+from hforce.stream import Chunk, Stream, Take
+
+Item = TypeVar("Item")
+Decoded = tuple[Chunk, NDArray[np.uint8], dict[str, float]]
+
+
+def decoded(
+    stream: Stream,
+    script: Sequence[Take],
+    backbone: Backbone,
+    given: Tensor | None = None,
+    ahead: bool = False,
+) -> Iterator[Decoded]:
+    """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage; the `given` latents first.
+
+    With `ahead` a thread makes the next chunk meanwhile: the same frames in less time, and in more memory, for both are
+    at work at once. Raises DataError at a chunk whose latents or frames hold values that are not finite, RoomError for
+    want of memory.
+    """
+    decoder, chunks = backbone.codec.decoder(), _made(stream, script, given)
+    for number, chunk in enumerate(read_ahead(chunks) if ahead else chunks):
+        begin = time.perf_counter()
+        with memory_for(f"decoding chunk {number}"), _beside(backbone.device if ahead else "cpu"):
+            frames = decoder(chunk.latents)
+            if not bool(torch.isfinite(frames).all()):
+                message = f"the video frames of chunk {chunk.number} hold values that are not finite"
+                raise DataError(message, "the codec's weights do not fit the model; the chunks before it are kept")
+            pictures = to_bytes(frames)
+        yield chunk, pictures, {**chunk.seconds, "decode": time.perf_counter() - begin}
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; while one is being used, a thread of its own makes the next."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item
+
+
+def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
+    """Video frames [T, 3, H, W] in 0..1 -> uint8 [T, H, W, 3], rounded."""
+    return (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _made(stream: Stream, script: Sequence[Take], given: Tensor | None) -> Iterator[Chunk]:
+    """The chunks of a stream. Raises RoomError, naming the chunk, for want of memory."""
+    chunks = stream.play(script, given)
+    for number in count():
+        with memory_for(f"denoising chunk {number}"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+def _beside(device: str) -> AbstractContextManager[object]:
+    """On CUDA a queue of its own, so that decoding does not wait for the chunk that is being made meanwhile.
+
+    The latents are there when it begins, for `Stream` has looked at all their values; and when it ends, `to_bytes` has
+    waited for everything in it.
+    """
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.startswith("cuda") else nullcontext()
