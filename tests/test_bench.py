@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tests.builders import profile_of, small_tiny
+from tests.builders import close, profile_of, small_tiny
 
 from hforce import bench
 from hforce.bench import BenchProgress, Edges, choose_setups, enter, plan_course, race, share_backbones, take_turns
@@ -22,8 +23,9 @@ from hforce.build import build_backbone, build_script, build_stream
 from hforce.cache.roles import save_profile
 from hforce.config import with_setup
 from hforce.errors import ConfigError, DataError, OutputError, UnavailableError
+from hforce.models.dit import Block
 from hforce.prompts import Item, Shot
-from hforce.settings import BenchConfig, CacheConfig, Config, ModelConfig
+from hforce.settings import EAGER, BenchConfig, CacheConfig, Config, ModelConfig
 from hforce.toy.film import Cut, Film, render_film
 from hforce.toy.metrics import drift, read_frames
 from hforce.toy.world import FPS, Scene, render
@@ -144,6 +146,36 @@ def test_the_bench_makes_the_latents_of_a_plain_stream(config: Config) -> None:
         expected = [chunk.latents for chunk in stream.play(build_script(course.shots, course.plan, own))]
         assert torch.equal(torch.cat(made[name]), torch.cat(expected[:-1])), name
     assert not torch.equal(made["window"][-1], made["head-forcing"][-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_setups_make_the_same_latents_and_the_eager_one_compiles_nothing(config: Config) -> None:
+    """All blocks, setups and chunks share what the first pass compiled: to compile anything again would fail."""
+    compiled = replace(config, model=replace(config.model, compile=True))
+    try:
+        backbone = build_backbone(compiled)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    names = ["window", "head-forcing", EAGER]
+    configs = choose_setups(with_bench(compiled, setups=names), names)
+    course = plan_course(config, backbone, Item(None, (Shot(PROMPTS.split("\n")[0]),)))
+    backbones = share_backbones(configs, backbone)
+    entrants = [enter(name, configs[name], backbones[name], course) for name in names]
+    assert [each.backbone.model.after is Block.after for each in entrants] == [False, False, True]
+    for entrant in entrants:
+        entrant.open(CPU)  # weighed, which compiles nothing
+    made: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        for entrant, chunk in take_turns(entrants, CHUNKS - 1):
+            made[entrant.setup].append(chunk.latents)
+            if len(made["window"]) == 1:
+                stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+    for name, plain in zip(names, ("window", "head-forcing", "window"), strict=True):
+        own = build_backbone(config)
+        stream = build_stream(choose_setups(config)[plain], own, CHUNKS, config.bench.seed)
+        expected = [chunk.latents for chunk in stream.play(build_script(course.shots, course.plan, own))]
+        close(torch.cat(made[name]), torch.cat(expected[:-1]), 1e-4)
 
 
 def test_json_says_what_the_result_says(config: Config, result: BenchResult) -> None:

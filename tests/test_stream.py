@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from tests.builders import close, draw, geometry_of, held, random_wan, role_map, stored
 from torch import Tensor
 
+from hforce.attention.backends import make_backend, reasons
 from hforce.attention.dense import BlockCausal
 from hforce.attention.rope import Rope3D
 from hforce.cache.heads import HeadCache
@@ -367,3 +369,27 @@ def test_a_recache_of_a_video_that_began_with_one_frame() -> None:
     assert [chunk.latents.shape[1] for chunk in made] == [1, 3, 3, 3, 3]
     assert held(cache) == list(range(13))
     assert {frame.shot for frame in cache.lanes[0].held} == {1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "triton"])
+def test_no_pass_of_a_chunk_waits_for_the_gpu(name: str) -> None:
+    """Denoising and the clean pass, the cache being full; between chunks policies may ask the device."""
+    device = torch.device("cuda")
+    if reason := reasons(device, torch.float32, WAN.config.head_dim)[name]:
+        pytest.skip(f"{name} {reason}")
+    wan = copy.deepcopy(WAN).to(device)
+    cache = HeadCache(
+        geometry_of(wan, GRID), role_map("MAL", "MML"), FORCING, device="cuda", backend=make_backend(name, device)
+    )
+    stream = stream_of(cache, wan=wan)
+    list(stream.play(takes(8)))
+    with torch.inference_mode():
+        text, noise = wan.project_text(TEXTS[0].to(device)), stream._draw(8, 3, STEPS)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            clean = stream._denoise(noise, STEPS, text)
+            stream._flow(clean, 0.0, text)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert bool(clean.isfinite().all())

@@ -270,14 +270,18 @@ def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
 
 
 def choose_setups(config: Config, known: Collection[str] = SETUPS) -> dict[str, Config]:
-    """A configuration for every setup to compare. Raises ConfigError where one is unknown, named twice, or none is."""
+    """A configuration for every setup to compare; the eager one compiles nothing.
+
+    Raises ConfigError where one is unknown, named twice, or none is.
+    """
     names = config.bench.setups
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown setup {name!r}{nearest(name, known)}", f"known are {', '.join(known)}")
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"bench.setups names {', '.join(names) or 'nothing'}", "name at least one, and each once")
-    return {name: with_setup(config, "window" if name == EAGER else name) for name in names}
+    eager = replace(config, model=replace(config.model, compile=False))
+    return {name: with_setup(eager, "window") if name == EAGER else with_setup(config, name) for name in names}
 
 
 def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
@@ -300,14 +304,14 @@ def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
 
 
 def share_backbones(configs: Mapping[str, Config], backbone: Backbone) -> dict[str, Backbone]:
-    """A backbone for every setup. Setups that order the heads alike share one, the others get copies of the model."""
-    found: dict[tuple[tuple[int, ...], ...], Backbone] = {}
+    """A backbone for every setup. Those that order the heads and compile alike share one; others get copies of it."""
+    found: dict[tuple[tuple[tuple[int, ...], ...], bool], Backbone] = {}
     chosen = {}
     for name, config in configs.items():
-        order = head_order(build_roles(config.cache, backbone))
-        if order not in found:
-            found[order] = replace(backbone, model=copy.deepcopy(backbone.model)) if found else backbone
-        chosen[name] = found[order]
+        kind = head_order(build_roles(config.cache, backbone)), config.model.compile
+        if kind not in found:
+            found[kind] = replace(backbone, model=copy.deepcopy(backbone.model)) if found else backbone
+        chosen[name] = found[kind]
     return chosen
 
 

@@ -21,7 +21,7 @@ from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
-from hforce.errors import ConfigError, DataError, InputError
+from hforce.errors import ConfigError, DataError, InputError, UnavailableError
 from hforce.geometry import Geometry
 from hforce.models.base import Backbone, Blueprint, Codec, Described, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
@@ -64,14 +64,16 @@ class Plan:
 def build_blueprint(config: Config) -> Blueprint:
     """The model of a configuration, of the release named there, or else as it is recognised, with that one's chunk.
 
-    Its weights are not read. Sets the number of CPU threads. Raises what `build_source`, `open_model` and
-    `choose_family` raise.
+    Its weights are not read. Sets the number of CPU threads. Raises what `build_source`, `open_model`,
+    `check_compiler` and `choose_family` raise.
     """
     model = config.model
     set_threads(model.threads)
     source = build_source(model)
     size = parse_size(model.size) if model.size else None
     blueprint = open_model(model.name, source, size, model.device, model.dtype)
+    if model.compile:
+        check_compiler(blueprint.device)
     family = choose_family(model.release, blueprint.family)
     recipe = effective(config.sample, family)
     if family:
@@ -136,6 +138,8 @@ def build_random_backbone(config: Config) -> Backbone:
     set_threads(model.threads)
     size = parse_size(model.size) if model.size else None
     backbone = random_backbone(model.name, size, find_device(model.device), model.dtype, config.bench.layers)
+    if model.compile:
+        check_compiler(backbone.device)
     return replace(backbone, geometry=replace(backbone.geometry, chunk=effective(config.sample, None).chunk))
 
 
@@ -187,6 +191,15 @@ def set_threads(wanted: int) -> None:
         torch.set_num_threads(wanted or max(1, cores - 1))
 
 
+def check_compiler(device: str) -> None:
+    """Compiles something small with torch.compile. Raises UnavailableError where that fails, as without a compiler."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnavailableError(f"torch.compile does not work here: {reason}", "leave model.compile out") from error
+
+
 def count_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -194,6 +207,8 @@ def count_cores() -> int:
 
 def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | None = None) -> Stream:
     """A stream for a video of so many chunks. Reorders the heads of the backbone's model to suit its roles."""
+    if config.model.compile:
+        backbone.model.compile_blocks()
     roles = build_roles(config.cache, backbone)
     order = head_order(roles)
     backbone.model.order_heads(order)

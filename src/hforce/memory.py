@@ -175,17 +175,20 @@ def pass_bytes(work: Work) -> int:
     """What one pass of the transformer adds at most, above the weights, the cache and the text context.
 
     Counted in a block, in each place where most is alive: the tokens `x` that it was given, what it made of them until
-    then, and the six modulations of every frame, once for the model and once for the block.
+    then, and the modulations of every frame: seven of the model, and in the block's second half four of its own.
     """
     x, c, g = _tokens(work), work.config, work.geometry
     tokens = g.chunk * g.tokens
     as_float = 0 if work.itemsize == FLOAT else tokens * c.dim * FLOAT
     inner = tokens * c.ffn_dim * work.itemsize
     calls = min(2, len({lane.capacity for lane in work.lanes.values()}))  # of several, the results are joined
-    return 13 * g.chunk * c.dim * work.itemsize + max(
+    modulation = g.chunk * c.dim * work.itemsize
+    return 7 * modulation + max(
         6 * x + 2 * as_float + (x if as_float else tokens * c.dim * FLOAT),  # turning keys
         (7 + calls) * x + tokens * c.heads * FLOAT,  # attention
-        4 * x + inner * (3 if work.here == "cpu" and not as_float else 2),  # feed-forward; see `dit.Gelu`
+        4 * modulation + (5 * x + 3 * as_float + tokens * FLOAT if as_float else 0),  # norm of queries to the text
+        # feed-forward, see `dit.Gelu`
+        4 * modulation + 4 * x + inner * (3 if work.here == "cpu" and not as_float else 2),
     )
 
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -144,8 +145,7 @@ class Stream:
         settled = not shot or in_shot >= SETTLING
         frames = (is_first and self.sampling.first_frames) or self.cache.geometry.chunk
         steps = (opens and self.sampling.first_steps) or self.sampling.steps
-        draws = (self._to_device(x) for x in self.noise(number, (1, frames, *self.shape)))
-        clean = few_step(lambda x, t: self._flow(x, t, text), steps, draws)
+        clean = self._denoise(self._draw(number, frames, steps), steps, text)
         if not bool(torch.isfinite(clean).all()):
             raise DataError(
                 f"chunk {number} holds values that are not finite after denoising",
@@ -154,6 +154,15 @@ class Stream:
         denoised = self.clock()
         self._commit(clean, text, shot, settled, recent)
         return Chunk(number, shot, clean, {"denoise": denoised - start, "commit": self.clock() - denoised})
+
+    def _draw(self, number: int, frames: int, steps: Sequence[Step]) -> list[Tensor]:
+        """All noise of a chunk, on the device before its first pass: later each transfer would wait for the one before.
+        """
+        return [self._to_device(x) for x in islice(self.noise(number, (1, frames, *self.shape)), len(steps))]
+
+    def _denoise(self, noise: Sequence[Tensor], steps: Sequence[Step], text: TextContext) -> Tensor:
+        """The denoising passes; nothing in them waits for the device."""
+        return few_step(lambda x, t: self._flow(x, t, text), steps, iter(noise))
 
     def _commit(self, clean: Tensor, text: TextContext, shot: int, settled: bool, recent: deque[Tensor]) -> None:
         """The clean pass: what it leaves in the staging slots becomes the past."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,8 @@ def weigh(step: Callable[[], object], device: torch.device) -> Weighed | None:
     """Runs a step and weighs the memory it takes on its device; None where that cannot be told.
 
     On CUDA by the allocator's own counters. On the CPU by the results of all operators for as long as they live; what
-    an operator allocates for itself and frees before it returns is not seen there.
+    an operator allocates for itself and frees before it returns is not seen there, and what is compiled runs as
+    single operators.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -37,7 +40,7 @@ def weigh(step: Callable[[], object], device: torch.device) -> Weighed | None:
     if device.type != "cpu":
         step()
         return None
-    with _Scale() as scale:
+    with _uncompiled(), _Scale() as scale:
         step()
     return Weighed(scale.peak, scale.live)
 
@@ -58,6 +61,11 @@ def tensors_of(thing: object) -> Iterator[Tensor]:
         for value in vars(thing).values():
             if isinstance(value, Tensor | nn.Module):
                 yield from tensors_of(value)
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Keeps torch.compile out, if it was ever asked for; to ask it takes seconds."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class _Scale(TorchDispatchMode):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from tests.builders import draw, rotate, softmax_attention
+from tests.builders import close, draw, rotate, softmax_attention
 from torch import Tensor
 
-from hforce.attention.layout import Backend, LayerView, Run, Turns, tables
+from hforce.attention.layout import Backend, LayerView, Place, Run, Turns, tables
 from hforce.attention.rope import Rope3D
 
 CPU = torch.device("cpu")
@@ -103,3 +103,29 @@ def agree(backend: Backend, ragged: Ragged, tolerance: float) -> None:
     out = backend.attend(ragged.query, ragged.view(backend.turns_queries))
     assert out.shape == ragged.query.shape and out.dtype == ragged.dtype
     torch.testing.assert_close(out.double(), ragged.truth(), atol=tolerance, rtol=0)
+
+
+def places_a_chunk(place: Place, dtype: torch.dtype, width: int, device: torch.device = CPU) -> None:
+    """It turns queries and keys as the rotation in float64 does, writes where every head reads, and nowhere else."""
+    ragged, tokens = Ragged((9, 5, 7), width, dtype=dtype, device=device), 8
+    view = ragged.view(turning=False)
+    keys, values = view.keys.clone(), view.values.clone()
+    query, key, value = (draw(tokens, 3, width, seed=seed).to(device, dtype) for seed in (3, 4, 5))
+    angle = 6.3 * draw(tokens, 1, width // 2, seed=6).double()
+    turned = place(query, key, value, torch.polar(torch.ones_like(angle), angle).to(device, torch.complex64), view)
+    rounding = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    close(turned.double(), _turn(query, angle), rounding)
+    for head, begin in enumerate(view.begin[:-1].tolist()):
+        own = slice(begin, begin + tokens)
+        close(view.keys[own].double(), _turn(key, angle)[:, head], rounding)
+        assert torch.equal(view.values[own], value[:, head])
+        keys[own], values[own] = view.keys[own], value[:, head]
+    torch.testing.assert_close(view.keys, keys, atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(view.values, values, atol=0, rtol=0, equal_nan=True)
+
+
+def _turn(x: Tensor, angle: Tensor) -> Tensor:
+    """Pairs (2i, 2i + 1) of x [N, H, D] turned by angle [N, 1, D/2], float64."""
+    even, odd = x.double()[..., ::2], x.double()[..., 1::2]
+    cosine, sine = angle.cos().to(x.device), angle.sin().to(x.device)
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.attention.ragged import CPU, Ragged, agree
-from tests.builders import draw
+from tests.attention.ragged import CPU, Ragged, agree, places_a_chunk
 
 from hforce.attention import backends
 from hforce.attention.backends import AUTO, BACKENDS, SDPA, check_backend, choose_backend, make_backend, reasons
+from hforce.attention.layout import place
 from hforce.attention.timing import Layer, enter, race
 from hforce.config import load_config
 from hforce.errors import BackendError, HforceError
@@ -56,14 +56,7 @@ def test_the_times_of_slots_do() -> None:
 
 
 def test_a_chunk_is_written_where_every_head_reads_it() -> None:
-    ragged = Ragged((9, 5, 7), tokens=4)
-    view = ragged.view(turning=False)
-    keys, values = draw(8, 3, 12, seed=1), draw(8, 3, 12, seed=2)
-    view.write(keys, values)
-    for head, begin in enumerate(view.begin[:-1].tolist()):
-        assert torch.equal(view.keys[begin : begin + 8], keys[:, head])
-        assert torch.equal(view.values[begin : begin + 8], values[:, head])
-        assert not torch.equal(view.keys[begin + 8 : begin + 12], keys[:4, head])
+    places_a_chunk(place, torch.float32, 12)
 
 
 # Which one

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tests.attention.ragged import CPU, Ragged, agree
+from tests.attention.ragged import CPU, Ragged, agree, places_a_chunk
 
 from hforce.attention.backends import make_backend
 
@@ -36,6 +36,11 @@ for element, turns, capability, most in (("bf16", True, 90, 227), ("bf16", False
     options = dict(num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"] and compiled.metadata.shared <= most * 1024, (element, turns, capability)
+for element, capability in (("bf16", 90), ("fp32", 80)):
+    kinds = ["*" + element] * 6 + ["*i32", "*fp32", "i32", "i32", "constexpr"]
+    signature = dict(zip(kernel._place_row.arg_names, kinds, strict=True))
+    source = ASTSource(kernel._place_row, signature, dict(B=kernel.PLACED))
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 sys.stdout.write("compiled")
 """
 
@@ -81,6 +86,15 @@ def test_large_logits_do_not_overflow(name: str) -> None:
     agree(make_backend(name), ragged, 1e-4)
 
 
+@pytest.mark.parametrize("width", [12, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_chunk_is_turned_and_written_where_every_head_reads_it(dtype: torch.dtype, width: int) -> None:
+    """Rows of 36 values, of which a program takes all, and of 2304, which take three."""
+    from hforce.attention.triton_kernel import place
+
+    places_a_chunk(place, dtype, 6 * width if width == 128 else width)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_kernel_compiles_for_gpus_and_its_tiles_fit() -> None:
@@ -106,6 +120,15 @@ def test_backends_are_softmax_attention_on_a_gpu(
         pytest.skip(f"{name} {reason}")
     queries = 3 * tokens
     agree(make_backend(name), Ragged((3, 9, 6), width, tokens, queries, dtype=dtype, device=device), tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [12, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_chunk_is_placed_on_a_gpu(dtype: torch.dtype, width: int) -> None:
+    from hforce.attention.triton_kernel import place
+
+    places_a_chunk(place, dtype, width, torch.device("cuda"))
 
 
 def test_the_interpreter_is_what_runs_without_a_gpu() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hforce.attention.backends import make_backend, reasons
 from hforce.attention.dense import BlockCausal
+from hforce.attention.layout import Backend
 from hforce.attention.rope import Rope3D
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import Anchor, Full, Local, Memory, Sink, Window, make_policy
@@ -406,6 +407,15 @@ FEW: Policies = {
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason='pip install "hforce[kernels]"')
 
 
+def whole_backend(name: str) -> Backend:
+    """The backend; with Triton's kernel, the one that places a chunk, too, as on a GPU."""
+    if name != "triton":
+        return make_backend(name)
+    from hforce.attention.triton_kernel import place
+
+    return replace(make_backend(name), place=place)
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "policies", "chunk"),
     [
@@ -419,7 +429,7 @@ def test_turning_queries_gives_what_turning_keys_gives(
     """A long roll-out with evictions, episodes, a change of prompt, and chunks forgotten and made again."""
     geometry = Geometry(len(rows), HEADS, WIDTH, GRID, chunk)
     keys, queries = (
-        HeadCache(geometry, role_map(*rows), policies, backend=make_backend(backend)) for backend in ("sdpa", name)
+        HeadCache(geometry, role_map(*rows), policies, backend=whole_backend(each)) for each in ("sdpa", name)
     )
     for number in range(14):
         for seed in (100 + number, number) if number % 4 == 0 else (number,):  # a noisy pass before the clean one
@@ -467,7 +477,7 @@ def test_attending_never_waits_for_the_gpu(name: str) -> None:
     if reason := reasons(device, dtype, 64)[name]:
         pytest.skip(f"{name} {reason}")
     roles, geometry = role_map("MMAL"), Geometry(1, HEADS, 64, GRID)
-    cache = HeadCache(geometry, roles, FORCING, dtype, "cuda", make_backend(name))
+    cache = HeadCache(geometry, roles, FORCING, dtype, "cuda", make_backend(name, device))
     q, k, v = (draw(1, 3 * TOKENS, HEADS, 64, seed=i).to(device, dtype) for i in range(3))
     for _ in range(6):
         cache.attend(0, q, k, v)

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hforce.attention import reference
-from hforce.attention.layout import Attention, Backend, LayerView
+from hforce.attention.layout import Attention, Backend, LayerView, Place, place
 from hforce.attention.timing import Layer, enter, race
 from hforce.errors import BackendError
 from hforce.rules import nearest
 
-AUTO = "auto"
+AUTO, CPU = "auto", torch.device("cpu")
 HOPPER, AMPERE = 9, 8  # major compute capabilities
 WIDEST = 128  # head dim up to which the tiles of the Triton kernel fit into shared memory
 FLASH_WIDEST = 256
@@ -66,10 +66,19 @@ def attend_varlen(query: Tensor, view: LayerView) -> Tensor:
     return out.view(heads, tokens, width).transpose(0, 1)
 
 
-def make_backend(name: str) -> Backend:
-    """The backend that the table calls `name`, whether or not it can run here."""
+def make_backend(name: str, device: torch.device = CPU) -> Backend:
+    """The backend that the table calls `name`, whether or not it can run there; on CUDA a kernel of ours places."""
     entry = BACKENDS[name]
-    return Backend(name, entry.load(), entry.turns_queries)
+    return Backend(name, entry.load(), entry.turns_queries, choose_place(device))
+
+
+def choose_place(device: torch.device) -> Place:
+    """One launch that turns and writes a chunk, where Triton can run, whichever backend attends; else plain steps."""
+    if _triton_lacks(device, torch.float32, 0):
+        return place
+    from hforce.attention import triton_kernel
+
+    return triton_kernel.place
 
 
 def turns_queries(name: str) -> bool:
@@ -101,9 +110,9 @@ def choose_backend(name: str, layer: Layer, device: torch.device, dtype: torch.d
     """
     check_backend(name, device, dtype, layer.head_dim)
     if name != AUTO:
-        return make_backend(name)
+        return make_backend(name, device)
     lacking = reasons(device, dtype, layer.head_dim)
-    able = [make_backend(known) for known, entry in BACKENDS.items() if entry.is_fast and not lacking[known]]
+    able = [make_backend(known, device) for known, entry in BACKENDS.items() if entry.is_fast and not lacking[known]]
     if len(able) == 1:
         return able[0]
     seconds = race([enter(backend, layer, device, dtype) for backend in able], device)

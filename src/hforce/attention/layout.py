@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hforce.attention.rope import turn
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,14 +53,6 @@ class LayerView:
     longest: int  # tokens that a head may read at most
     turns: Turns | None = None
 
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        """Puts the chunk where every head reads it. keys, values [N, H, D]."""
-        own = keys.shape[0]
-        for run in self.runs:
-            heads = slice(run.first, run.last)
-            run.keys[:, :own].copy_(keys[:, heads].transpose(0, 1))
-            run.values[:, :own].copy_(values[:, heads].transpose(0, 1))
-
 
 class Attention(Protocol):
     """Attention of one layer in a pass over one chunk, the chunk itself being part of what is read.
@@ -69,6 +63,25 @@ class Attention(Protocol):
     def __call__(self, query: Tensor, view: LayerView) -> Tensor: ...
 
 
+class Place(Protocol):
+    """Puts a chunk where its heads read it, its keys turned, and returns its queries turned.
+
+    query, key, value [N, H, D] before RoPE, phase complex64 [N, 1, D/2] -> [N, H, D].
+    """
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, phase: Tensor, view: LayerView) -> Tensor: ...
+
+
+def place(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, view: LayerView) -> Tensor:
+    """`Place` in plain operations: the chunk goes in front of every run of heads."""
+    turned, tokens = turn(key, phase), key.shape[0]
+    for run in view.runs:
+        heads = slice(run.first, run.last)
+        run.keys[:, :tokens].copy_(turned[:, heads].transpose(0, 1))
+        run.values[:, :tokens].copy_(value[:, heads].transpose(0, 1))
+    return turn(query, phase)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to attend. One that `turns_queries` wants keys as they were written, and `LayerView.turns` beside them."""
@@ -76,6 +89,7 @@ class Backend:
     name: str
     attend: Attention
     turns_queries: bool = False
+    place: Place = place
 
 
 def view_of(keys: Tensor, values: Tensor, counts: Sequence[int], turns: Turns | None = None) -> LayerView:

@@ -1,4 +1,4 @@
-"""Attention of ragged heads in one Triton kernel, which turns the query once a slot instead of every key."""
+"""Attention of ragged heads in one Triton kernel, which turns the query once a slot; and one that places a chunk."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from hforce.attention.layout import LayerView
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two: exp2 is one instruction
+PLACED = 1024  # values of a token that a program places
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,39 @@ def attend(query: Tensor, view: LayerView) -> Tensor:
         BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _place_row(query, key, value, turned, keys, values, begin, phase, row, width, B: tl.constexpr):
+    """B values of one token's queries, keys and values, of as many heads as these are."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * B + tl.arange(0, B)
+    is_in = column < row
+    head, inner = column // width, column % width
+    angle = phase + token * width + (inner // 2) * 2
+    cosine = tl.load(angle, mask=is_in, other=0.0)
+    sine = tl.load(angle + 1, mask=is_in, other=0.0)
+    signed = tl.where(column % 2 == 0, -sine, sine)
+    own, partner = token * row + column, token * row + (column ^ 1)  # re turns to re c - im s, im to im c + re s
+    spot = (tl.load(begin + head, mask=is_in, other=0) + token).to(tl.int64) * width + inner
+    q, q_partner = tl.load(query + own, mask=is_in).to(tl.float32), tl.load(query + partner, mask=is_in).to(tl.float32)
+    tl.store(turned + own, (q * cosine + q_partner * signed).to(turned.dtype.element_ty), mask=is_in)
+    k, k_partner = tl.load(key + own, mask=is_in).to(tl.float32), tl.load(key + partner, mask=is_in).to(tl.float32)
+    tl.store(keys + spot, (k * cosine + k_partner * signed).to(keys.dtype.element_ty), mask=is_in)
+    tl.store(values + spot, tl.load(value + own, mask=is_in), mask=is_in)
+
+
+def place(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, view: LayerView) -> Tensor:
+    """Turns queries and keys and writes keys and values to their slots, each read and written once, in one launch.
+
+    query, key, value [N, H, D] before RoPE, phase complex64 [N, 1, D/2] -> turned queries [N, H, D].
+    `layout.place` is its exact twin.
+    """
+    tokens, heads, width = query.shape
+    assert view.keys.is_contiguous() and view.values.is_contiguous(), "rows must be whole"
+    query, key, value, phase = (x.contiguous() for x in (query, key, value, phase))
+    turned, row = torch.empty_like(query), heads * width
+    _place_row[(tokens, triton.cdiv(row, PLACED))](
+        query, key, value, turned, view.keys, view.values, view.begin, torch.view_as_real(phase), row, width, PLACED
+    )
+    return turned

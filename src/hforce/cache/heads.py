@@ -110,10 +110,8 @@ class HeadCache:
             self._open(frames)
         if layer in self._looked:
             self._seen[layer] = k[0]
-        phase = self._own[: k.shape[1]]
-        query, key = turn(q[0], phase), turn(k[0], phase)
         view = self._views[layer]
-        view.write(key, v[0])
+        query = self.backend.place(q[0], k[0], v[0], self._own[: k.shape[1]], view)
         return self.backend.attend(query, view)[None]
 
     def advance(self, shot: int = 0, latents: Tensor | None = None, settled: bool = True) -> None:
