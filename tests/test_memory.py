@@ -30,7 +30,7 @@ from hforce.models.resting import RestingCodec
 from hforce.models.sizes import KNOWN
 from hforce.room import free_bytes, read_available, read_left
 from hforce.settings import Config
-from hforce.weigh import tensor_bytes, weigh
+from hforce.weigh import tensor_bytes, tensors_of, weigh
 
 CPU = torch.device("cpu")
 NOTHING = Needs(0, 0, 0, 0, 0, 0)
@@ -201,6 +201,25 @@ def test_low_holds_no_codec_between_chunks_and_decodes_the_same(config):
         assert tensor_bytes(low.codec, other) == 0  # its memory is a list, not a module
         assert sum(x.nbytes for x in tree_leaves(other.memory) if isinstance(x, Tensor)) == blueprint.needs.decoder
     assert tensor_bytes(whole.codec) == blueprint.needs.codec
+
+
+def test_an_autoencoder_with_a_device_of_its_own_is_there_in_every_mode_and_in_no_plan(config):
+    """The meta device stands for a second GPU: all but the numbers is there."""
+    blueprint = replace(build_blueprint(config), vae_device="meta")
+    assert blueprint.is_apart and not replace(blueprint, vae_device="cpu:0").is_apart
+    for mode in Mode:
+        backbone = load(blueprint, mode, [])
+        assert {x.device.type for x in tensors_of(backbone.codec)} == {"meta"}
+        assert {x.device.type for x in tensors_of(backbone.model)} == {"cpu"}
+    both = replace(blueprint, vae_device=""), blueprint
+    here, apart = (build_memory(config, each, 4, switches=False)[0] for each in both)
+    assert {"autoencoder", "decoder memory"} <= set(here.phases["decoding"])
+    assert apart.phases["decoding"] == apart.phases["denoising"]
+    assert not {"autoencoder", "decoder memory"} & {part for phase in apart.phases.values() for part in phase}
+
+
+def test_a_second_device_that_is_not_there_is_told_of(generate):
+    generate("-p", "a red circle", "--set", "model.vae_device=cuda:7").fails(69, "device 'cuda:7' cannot be used here")
 
 
 def test_low_keeps_the_autoencoder_off_a_gpu():

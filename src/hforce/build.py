@@ -74,13 +74,15 @@ def build_blueprint(config: Config) -> Blueprint:
     blueprint = open_model(model.name, source, size, model.device, model.dtype)
     if model.compile:
         check_compiler(blueprint.device)
+    vae_device = find_device(model.vae_device) if model.vae_device else ""
     family = choose_family(model.release, blueprint.family)
     recipe = effective(config.sample, family)
     if family:
         log.info("streaming as %s: %s", family.name, json.dumps(asdict(recipe)))
     if family and family.note:
         log.warning("%s: %s", family.name, family.note)
-    return replace(blueprint, family=family, geometry=replace(blueprint.geometry, chunk=recipe.chunk))
+    geometry = replace(blueprint.geometry, chunk=recipe.chunk)
+    return replace(blueprint, family=family, vae_device=vae_device, geometry=geometry)
 
 
 def build_backbone(config: Config) -> Backbone:
@@ -103,7 +105,7 @@ def build_memory(config: Config, blueprint: Blueprint, chunks: int, switches: bo
     work = memory.Work(
         blueprint.config, geometry, blueprint.dtype.itemsize, lanes, blueprint.needs,
         pixels=3 * blueprint.stride * geometry.chunk * width * height, here=torch.device(blueprint.device).type,
-        switches=switches, turns_keys=not turns_queries(config.cache.backend),
+        switches=switches, turns_keys=not turns_queries(config.cache.backend), codec_apart=blueprint.is_apart,
     )  # fmt: skip
     limit = parse_bytes(config.model.memory_limit) if config.model.memory_limit else None
     available = limit if limit is not None else free_bytes(blueprint.device)
@@ -133,7 +135,7 @@ def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
 def build_random_backbone(config: Config) -> Backbone:
     """A model of the shape of the one named, with random weights. Raises ConfigError where files are named, too."""
     model = config.model
-    if given := [name for name in ("checkpoint", "base", "lora", "vae") if getattr(model, name)]:
+    if given := [name for name in ("checkpoint", "base", "lora", "vae", "vae_device") if getattr(model, name)]:
         raise ConfigError(f"model.{given[0]} and random weights exclude each other", "leave out one of them")
     set_threads(model.threads)
     size = parse_size(model.size) if model.size else None

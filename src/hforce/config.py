@@ -42,6 +42,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.release": one_of("", *(family.name for family in FAMILIES)),
     "model.device": one_of("auto", "cpu", "cuda", "mps", also=r"cuda:\d{1,3}", shown="cuda:N"),
+    "model.vae_device": one_of("", "cpu", "cuda", "mps", also=r"cuda:\d{1,3}", shown="cuda:N"),
     "model.memory": one_of("auto", "speed", "balanced", "low"),
     "model.memory_limit": amount,
     "model.threads": within(0, 1024),

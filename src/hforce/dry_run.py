@@ -45,7 +45,7 @@ def _model(b: Blueprint) -> list[str]:
     return [
         f"model        {b.name}",
         f"heads        {g.layers} layers x {g.heads} heads x {g.head_dim}",
-        f"precision    {dtype} on {b.device}",
+        f"precision    {dtype} on {b.device}" + (f", autoencoder on {b.codec_device}" if b.is_apart else ""),
         f"video        {b.size[0]}x{b.size[1]} pixels",
         f"latent       {b.shape[2]}x{b.shape[1]}, {b.shape[0]} channels; {g.tokens} tokens per frame",
         f"fingerprint  {b.fingerprint}",

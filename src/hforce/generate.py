@@ -161,7 +161,8 @@ class Studio:
     @property
     def makes_ahead(self) -> bool:
         """Whether the next chunk is made while one is decoded. On a CPU both share the cores, and nothing is gained."""
-        return self.mode is Mode.SPEED and self.blueprint.device.startswith("cuda")
+        has_room = self.mode is Mode.SPEED or self.blueprint.is_apart
+        return has_room and self.blueprint.device.startswith("cuda")
 
     def lighten(self) -> bool:
         """Goes on to the next lighter mode, once and if there is one, and lets go of the model."""

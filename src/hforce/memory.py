@@ -53,6 +53,7 @@ class Work:
     `lanes` has the roles that occur; `pixels` are the numbers in the video frames of a chunk; `switches` says whether
     prompts change within a video, `here` is the type of the device. `turns_keys` says whether keys are turned in time
     as they are stored, which takes a second copy of what turns; where attention turns its queries, it does not.
+    With `codec_apart` the autoencoder has a device of its own.
     """
 
     config: WanConfig
@@ -64,6 +65,7 @@ class Work:
     here: str = "cpu"
     switches: bool = False
     turns_keys: bool = True
+    codec_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,15 @@ def plan(work: Work, mode: Mode, text_here: bool = True) -> Plan:
     decoding = base | codec | memory | {"work": max(n.decoding, pictures)}
     if stays and work.here == "cuda":  # the next chunk is made while one is decoded
         decoding["work"] += denoising["work"]
-    if mode is Mode.LOW:
+    if work.codec_apart:
+        decoding = denoising  # goes on meanwhile
+    elif mode is Mode.LOW:
         denoising |= memory if work.here == "cpu" else {}
         decoding = decoding if work.here == "cpu" else base
     else:
         denoising |= codec | memory
-    encoding = (transformer | codec | text if stays else text) | {"work": n.encoding if text_here else 0}
+    resident = transformer | ({} if work.codec_apart else codec) | text
+    encoding = (resident if stays else text) | {"work": n.encoding if text_here else 0}
     return Plan(mode, {"encoding": encoding, "denoising": denoising, "decoding": decoding})
 
 
@@ -185,8 +190,8 @@ def pass_bytes(work: Work) -> int:
     modulation = g.chunk * c.dim * work.itemsize
     return 7 * modulation + max(
         6 * x + 2 * as_float + (x if as_float else tokens * c.dim * FLOAT),  # turning keys
-        (7 + calls) * x + tokens * c.heads * FLOAT,  # attention
-        4 * modulation + (5 * x + 3 * as_float + tokens * FLOAT if as_float else 0),  # norm of queries to the text
+        (6 + calls) * x + tokens * c.heads * FLOAT,  # attention
+        4 * modulation + (5 * x + 3 * as_float if as_float else 7 * x) + tokens * FLOAT,  # norm of queries to the text
         # feed-forward, see `dit.Gelu`
         4 * modulation + 4 * x + inner * (3 if work.here == "cpu" and not as_float else 2),
     )

@@ -146,7 +146,7 @@ class Blueprint:
     needs with chunks of so many latent frames. `identify` reads what the fingerprint is made of. `read` makes the
     backbone; told True, with a codec that works on the CPU and is in memory only while it does. `family` and the chunk
     of the geometry may be replaced: the backbone has those of its blueprint. `packages` are those of the extra `wan`
-    that it takes to run it.
+    that it takes to run it. `vae_device` is where the codec is to be, if not beside the transformer.
     """
 
     name: str
@@ -163,6 +163,7 @@ class Blueprint:
     read: Callable[[Blueprint, bool], Backbone]
     family: Family | None = None
     packages: tuple[str, ...] = ()
+    vae_device: str = ""
     is_random: bool = field(default=False, init=False)
 
     @property
@@ -174,6 +175,17 @@ class Blueprint:
     def fingerprint(self) -> str:
         """Of the weights. Reads the queries and keys of every layer."""
         return self.identify()
+
+    @property
+    def codec_device(self) -> str:
+        """Where the codec works, unless it rests."""
+        return self.vae_device or self.device
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the codec has a device of its own."""
+        here, there = torch.device(self.device), torch.device(self.codec_device)
+        return (here.type, here.index or 0) != (there.type, there.index or 0)
 
     def check_packages(self) -> None:
         """Raises UnavailableError for packages that are not installed."""

@@ -196,6 +196,8 @@ def _read(path: Path, encoder: WordEncoder, blueprint: Blueprint, rests: bool) -
     tiny = TinyModel.load(path).to(b.device)
     tiny.dit.to(b.dtype)
     encoder.words = tiny.words
-    whole = TaehvCodec(tiny.codec, tiny.latent_mean, tiny.latent_std)
-    codec = RestingCodec(partial(load_codec, path), whole.name, b.stride, whole.channels) if rests else whole
+    there = b.codec_device
+    whole = TaehvCodec(tiny.codec.to(there), tiny.latent_mean.to(there), tiny.latent_std.to(there))
+    resting = RestingCodec(partial(load_codec, path), whole.name, b.stride, whole.channels)
+    codec = resting if rests and not b.is_apart else whole
     return Backbone(b.name, tiny.dit, encoder, codec, b.geometry, b.shape, b.size, b.fingerprint, b.family)

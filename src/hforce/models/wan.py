@@ -77,7 +77,7 @@ def _read(checkpoint: Checkpoint, vae: Path, blueprint: Blueprint, rests: bool) 
     model = load_transformer(checkpoint, b.dtype, b.device)
     name = (taehv.TaehvCodec if is_taehv(vae) else wan_vae.WanCodec).name
     resting = RestingCodec(partial(load_codec, vae, b.dtype, "cpu"), name, b.stride, wan_vae.CHANNELS)
-    codec = resting if rests else load_codec(vae, b.dtype, b.device)
+    codec = resting if rests and not b.is_apart else load_codec(vae, b.dtype, b.codec_device)
     return Backbone(b.name, model, b.encode_text, codec, b.geometry, b.shape, b.size, b.fingerprint, b.family)
 
 
