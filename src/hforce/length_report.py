@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 KIND = "hforce.length/1"
 MEASURES = tuple(field.name for field in fields(Scores))
-SHOWN = ("color_right", "shape_right", "tint_kept", "landmark_kept", "mark_kept", "one_object", "motion_right",
-         "on_path", "on_time", "residual")  # fmt: skip
+SHOWN = ("color_right", "shape_right", "tint_kept", "landmark_kept", "mark_kept", "hue_kept", "size_kept", "one_object",
+         "motion_right", "on_path", "on_time", "residual")  # fmt: skip
 FILMS: Mapping[str, str] = MappingProxyType({
     "hold": "one prompt for the whole video",
     "return": "two prompts that take turns, each for ten seconds",
@@ -38,7 +38,7 @@ DRAWS, SEED = 4000, 0  # of the bootstrap
 FEWEST = 6  # videos that have an interval: of five, all may change the same way by chance more often than 1 in 20 times
 QUANTILES = (0.025, 0.975)
 DIGITS = 6  # of the numbers in the JSON document
-PANELS = 5  # in a row of the picture
+PANELS = 6  # in a row of the picture
 DODGE = 1.015  # factor by which the lines of the picture are apart, so that none hides another
 
 DEFINITIONS: Mapping[str, str] = MappingProxyType({
