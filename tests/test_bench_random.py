@@ -149,6 +149,10 @@ def test_layers_are_taken_from_random_weights_alone(config: Config) -> None:
     assert "bench.layers" in str(refused(replace(config, bench=replace(config.bench, random_weights=False))))
 
 
+def test_a_second_device_is_refused(config: Config) -> None:
+    assert "one device" in str(refused(replace(config, model=replace(config.model, vae_device="cpu"))))
+
+
 def test_a_decoder_for_other_latents_is_refused(config: Config) -> None:
     error = refused(replace(config, bench=replace(config.bench, decoders=["taehv"])))
     assert "16 channels" in str(error)

@@ -18,7 +18,7 @@ from hforce.cache.heads import HeadCache
 from hforce.cache.policies import make_policy
 from hforce.cache.roles import HeadRole, RoleMap
 from hforce.geometry import Geometry
-from hforce.models.dit import CausalWan, RMSNorm, WanConfig, sinusoid
+from hforce.models.dit import Block, CausalWan, RMSNorm, WanConfig, sinusoid
 from hforce.models.taehv import TAEHV, TaehvConfig
 from hforce.sampler import Step, make_steps, sigma_at, sigma_table, warp
 from hforce.stream import Sampling, Stream, Take
@@ -63,13 +63,21 @@ def cache_like(settings: dict[str, int], wan: CausalWan, chunk: int) -> HeadCach
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_single_chunk_with_a_timestep_per_frame(name: str) -> None:
+def test_single_chunk_with_a_timestep_per_frame(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wan, data = model(name), golden(f"{name}.single_chunk")
     seen: dict[str, Tensor] = {}
     hooks = []
-    for part in ("patch_embedding", "text_embedding", "head", "blocks.0", "blocks.0.self_attn", "blocks.0.ffn"):
-        hook = wan.get_submodule(part).register_forward_hook(lambda _, __, out, part=part: seen.update({part: out}))
+    modules = {part: part for part in ("patch_embedding", "text_embedding", "head", "blocks.0.ffn")}
+    for part, module in {**modules, "blocks.0.self_attn": "blocks.0.self_attn.o"}.items():
+        hook = wan.get_submodule(module).register_forward_hook(lambda _, __, out, part=part: seen.update({part: out}))
         hooks.append(hook)
+
+    def watch(block: Block, *inputs: Tensor) -> Tensor:
+        out = Block.after(block, *inputs)
+        seen.setdefault("blocks.0", out)
+        return out
+
+    monkeypatch.setattr(wan, "after", watch)
     x = data["in.x"].transpose(1, 2)
     g = geometry(wan, *x.shape[-2:])
     flow = wan(x, data["in.t"], wan.project_text(data["in.context"]), BlockCausal(Rope3D(g.grid, g.head_dim), [3]))

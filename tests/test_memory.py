@@ -21,7 +21,7 @@ from hforce.cache.policies import make_policy
 from hforce.cache.roles import HeadRole, RoleMap
 from hforce.config import load_config, with_setup
 from hforce.errors import RoomError
-from hforce.generate import load
+from hforce.generate import Studio, load
 from hforce.geometry import Geometry
 from hforce.memory import Lane, Mode, Work
 from hforce.models.base import Needs
@@ -211,15 +211,32 @@ def test_an_autoencoder_with_a_device_of_its_own_is_there_in_every_mode_and_in_n
         backbone = load(blueprint, mode, [])
         assert {x.device.type for x in tensors_of(backbone.codec)} == {"meta"}
         assert {x.device.type for x in tensors_of(backbone.model)} == {"cpu"}
-    both = replace(blueprint, vae_device=""), blueprint
-    here, apart = (build_memory(config, each, 4, switches=False)[0] for each in both)
-    assert {"autoencoder", "decoder memory"} <= set(here.phases["decoding"])
+    assert build_memory(config, blueprint, 4, switches=False)[0].phases["decoding"].get("autoencoder") is None
+
+
+@pytest.mark.parametrize("here", ["cpu", "cuda"])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_an_autoencoder_elsewhere_takes_nothing_here(mode, here):
+    needs = Needs(transformer=10**8, text=10**7, codec=10**6, encoding=10, decoder=10**6, decoding=10**6)
+    whole = memory.plan(work_with(needs, here), mode)
+    apart = memory.plan(replace(work_with(needs, here), codec_apart=True), mode)
     assert apart.phases["decoding"] == apart.phases["denoising"]
     assert not {"autoencoder", "decoder memory"} & {part for phase in apart.phases.values() for part in phase}
+    other = dict.fromkeys(("autoencoder", "decoder memory"))
+    assert apart.phases["denoising"] == {p: n for p, n in whole.phases["denoising"].items() if p not in other}
+
+
+@pytest.mark.parametrize(("device", "vae", "mode", "ahead"), [
+    ("cuda", "", Mode.SPEED, True), ("cuda", "", Mode.BALANCED, False), ("cuda", "cuda:1", Mode.LOW, True),
+    ("cuda:0", "cuda", Mode.LOW, False), ("cuda", "cpu", Mode.BALANCED, True), ("cpu", "cuda", Mode.SPEED, False),
+])  # fmt: skip
+def test_the_next_chunk_is_made_meanwhile_where_that_gains_something(config, device, vae, mode, ahead):
+    blueprint = replace(build_blueprint(config), device=device, vae_device=vae)
+    assert Studio(blueprint, [], memory.Plan(mode, {}), mode, False).makes_ahead == ahead
 
 
 def test_a_second_device_that_is_not_there_is_told_of(generate):
-    generate("-p", "a red circle", "--set", "model.vae_device=cuda:7").fails(69, "device 'cuda:7' cannot be used here")
+    generate("-p", "a red circle", "--set", "model.vae_device=cuda:99").fails(69, "'cuda:99' cannot be used", "leave")
 
 
 def test_low_keeps_the_autoencoder_off_a_gpu():

@@ -147,7 +147,10 @@ class Entrant:
         self.stream.attend = self._watch.around(self.stream.cache.attend)
 
     def open(self, device: torch.device) -> None:
-        """Makes the first chunk, untimed, so that all is warm, and weighs what stays; then goes back to the start."""
+        """Makes the first chunk twice, untimed: so that all is warm, and to weigh what stays; then goes back."""
+        self._player = self._play()
+        self._next()
+        self.stream.cache.reset()
         self._player = self._play()
         weighed = weigh(self._next, device)
         self.opening = weighed.left if weighed else None

@@ -72,9 +72,9 @@ def build_blueprint(config: Config) -> Blueprint:
     source = build_source(model)
     size = parse_size(model.size) if model.size else None
     blueprint = open_model(model.name, source, size, model.device, model.dtype)
+    vae_device = find_device(model.vae_device, "leave model.vae_device out") if model.vae_device else ""
     if model.compile:
         check_compiler(blueprint.device)
-    vae_device = find_device(model.vae_device) if model.vae_device else ""
     family = choose_family(model.release, blueprint.family)
     recipe = effective(config.sample, family)
     if family:
@@ -118,6 +118,8 @@ def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
     Raises ConfigError for settings that do not go together, and what `build_backbone` or `random_backbone` raise.
     """
     wanted = config.bench
+    if config.model.vae_device:
+        raise ConfigError("a bench times one device", "leave model.vae_device out")
     if wanted.layers and not wanted.random_weights:
         raise ConfigError("bench.layers takes layers away, and weights would mean nothing", "add --random-weights")
     backbone = build_random_backbone(config) if wanted.random_weights else build_backbone(config)
@@ -135,7 +137,7 @@ def build_bench_backbone(config: Config) -> tuple[Backbone, dict[str, Codec]]:
 def build_random_backbone(config: Config) -> Backbone:
     """A model of the shape of the one named, with random weights. Raises ConfigError where files are named, too."""
     model = config.model
-    if given := [name for name in ("checkpoint", "base", "lora", "vae", "vae_device") if getattr(model, name)]:
+    if given := [name for name in ("checkpoint", "base", "lora", "vae") if getattr(model, name)]:
         raise ConfigError(f"model.{given[0]} and random weights exclude each other", "leave out one of them")
     set_threads(model.threads)
     size = parse_size(model.size) if model.size else None

@@ -24,7 +24,7 @@ class ModelConfig:
     size: str = ""  # "832x480", width x height in pixels; empty: the model's own
     dtype: str = "auto"
     device: str = "auto"
-    vae_device: str = ""  # of the autoencoder, as cuda:1; empty: where the model is, or as the memory mode says
+    vae_device: str = ""  # another one for the autoencoder, as cuda:1; empty: the same, or as the memory mode says
     memory: str = "auto"  # what stays on the device: speed, balanced or low; auto: the first of these that fits
     memory_limit: str = ""  # "8GiB": how much memory to plan with; empty: what the device has free
     threads: int = 0  # of the CPU; 0: all cores but one, which the video encoder needs

@@ -156,8 +156,7 @@ class Stream:
         return Chunk(number, shot, clean, {"denoise": denoised - start, "commit": self.clock() - denoised})
 
     def _draw(self, number: int, frames: int, steps: Sequence[Step]) -> list[Tensor]:
-        """All noise of a chunk, on the device before its first pass: later each transfer would wait for the one before.
-        """
+        """All noise of a chunk, [1, F, C, h, w] each, on the device before its first pass: none waits for it."""
         return [self._to_device(x) for x in islice(self.noise(number, (1, frames, *self.shape)), len(steps))]
 
     def _denoise(self, noise: Sequence[Tensor], steps: Sequence[Step], text: TextContext) -> Tensor:

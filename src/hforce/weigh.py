@@ -64,7 +64,7 @@ def tensors_of(thing: object) -> Iterator[Tensor]:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """Keeps torch.compile out, if it was ever asked for; to ask it takes seconds."""
+    """Keeps torch.compile out, if it was ever imported, which takes seconds."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

@@ -164,7 +164,6 @@ def test_half_precision_stays_half_and_near() -> None:
     assert (half.float() - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # autocast leaves norms' weights be
 @torch.inference_mode()
 def test_what_half_precision_costs_at_the_depth_of_the_release() -> None:
     """docs/models.md: rounding the weights, a float32 residual stream around bfloat16 products, and all in bfloat16."""

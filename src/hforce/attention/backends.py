@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from subprocess import SubprocessError
 from types import MappingProxyType
 
 import torch
@@ -15,10 +17,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hforce.attention import reference
-from hforce.attention.layout import Attention, Backend, LayerView, Place, place
+from hforce.attention.layout import Attention, Backend, LayerView, Place, place, view_of
 from hforce.attention.timing import Layer, enter, race
 from hforce.errors import BackendError
 from hforce.rules import nearest
+
+log = logging.getLogger(__name__)
 
 AUTO, CPU = "auto", torch.device("cpu")
 HOPPER, AMPERE = 9, 8  # major compute capabilities
@@ -73,11 +77,20 @@ def make_backend(name: str, device: torch.device = CPU) -> Backend:
 
 
 def choose_place(device: torch.device) -> Place:
-    """One launch that turns and writes a chunk, where Triton can run, whichever backend attends; else plain steps."""
+    """One launch that turns and writes a chunk, where Triton can run, whichever backend attends; else plain steps.
+
+    It is tried on a single value, for Triton needs a C compiler to start anything, and nothing tells that beforehand.
+    """
     if _triton_lacks(device, torch.float32, 0):
         return place
     from hforce.attention import triton_kernel
 
+    one, phase = torch.zeros(1, 1, 2, device=device), torch.ones(1, 1, 1, dtype=torch.complex64, device=device)
+    try:
+        triton_kernel.place(one, one, one, phase, view_of(one[0].clone(), one[0].clone(), [1]))
+    except (RuntimeError, OSError, SubprocessError) as error:
+        log.warning("Triton cannot build its kernel here, so chunks are placed in single steps: %s", error)
+        return place
     return triton_kernel.place
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -101,14 +102,15 @@ def attend(query: Tensor, view: LayerView) -> Tensor:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     turns = view.turns
     phase, lane = (turns.phase, turns.lane) if turns else (view.length, view.length)  # never read without turns
-    _attend_tile[(triton.cdiv(queries, tiles.queries) * heads,)](
-        query, view.keys, view.values, out, view.begin, view.length, view.order, lane, phase,
-        queries, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
-        phase.stride(0) if turns else 0, phase.stride(1) if turns else 0, 2 * phase.shape[2] if turns else 0,
-        width**-0.5 * LOG2_E,
-        TURNS=turns is not None, S=turns.tokens if turns else 1, D=width, BD=max(16, triton.next_power_of_2(width)),
-        BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    with _device_of(query):
+        _attend_tile[(triton.cdiv(queries, tiles.queries) * heads,)](
+            query, view.keys, view.values, out, view.begin, view.length, view.order, lane, phase,
+            queries, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+            phase.stride(0) if turns else 0, phase.stride(1) if turns else 0, 2 * phase.shape[2] if turns else 0,
+            width**-0.5 * LOG2_E,
+            TURNS=turns is not None, S=turns.tokens if turns else 1, D=width, BD=max(16, triton.next_power_of_2(width)),
+            BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 
@@ -142,7 +144,13 @@ def place(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, view: LayerV
     assert view.keys.is_contiguous() and view.values.is_contiguous(), "rows must be whole"
     query, key, value, phase = (x.contiguous() for x in (query, key, value, phase))
     turned, row = torch.empty_like(query), heads * width
-    _place_row[(tokens, triton.cdiv(row, PLACED))](
-        query, key, value, turned, view.keys, view.values, view.begin, torch.view_as_real(phase), row, width, PLACED
-    )
+    with _device_of(query):
+        _place_row[(tokens, triton.cdiv(row, PLACED))](
+            query, key, value, turned, view.keys, view.values, view.begin, torch.view_as_real(phase), row, width, PLACED
+        )
     return turned
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of a tensor the current one, on which Triton launches, in whichever thread."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

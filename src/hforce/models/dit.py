@@ -54,6 +54,21 @@ class WanConfig:
         return self.dim // self.heads
 
 
+class RMSNorm(nn.Module):
+    """RMS norm over the full width, before the split into heads; float32 inside, rounded before and after the weight.
+
+    So does the release: in half precision the two roundings are part of what the weights were trained with.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
 class Gelu(nn.Module):
     """GELU in the tanh form. (1 + tanh u) / 2 = sigmoid(2 u), and on a CPU a sigmoid takes a third of a tanh's time."""
 
@@ -65,17 +80,13 @@ class Gelu(nn.Module):
 
 
 class Projections(nn.Module):
-    """The q, k, v, o of an attention with norms on q and k (names as in the checkpoints).
-
-    The norms span the full width, before the split into heads. They compute in float32 and round once, where the
-    release rounds before and after the weight: in bfloat16 that is a third nearer to the truth, and one kernel.
-    """
+    """The q, k, v, o of an attention with norms on q and k (names as in the checkpoints)."""
 
     def __init__(self, c: WanConfig) -> None:
         super().__init__()
         self.heads = c.heads
         self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
+        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
 
     def split(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, N, H, D]."""
@@ -187,10 +198,11 @@ class CausalWan(nn.Module):
     def compile_blocks(self) -> None:
         """Lets torch.compile join norms, modulations, gates and activations to few kernels, from the next pass on.
 
-        All blocks share two programs, one for each half; a pass over another number of frames compiles them anew.
+        All blocks share two programs, one for each half; a pass over another number of frames compiles them anew, and
+        after eight such numbers torch goes on without.
         """
-        self.before = torch.compile(Block.before, fullgraph=True, dynamic=False)
-        self.after = torch.compile(Block.after, fullgraph=True, dynamic=False)
+        self.before = torch.compile(Block.before, dynamic=False)
+        self.after = torch.compile(Block.after, dynamic=False)
 
     def project_text(self, text: Tensor) -> TextContext:
         """text [B, T, text_dim], T <= text_len -> what every layer's cross-attention reads; once a prompt.

@@ -55,8 +55,8 @@ def load_backbone(
     return open_model(name, source, size, device, dtype).load()
 
 
-def find_device(name: str) -> str:
-    """A device that works: "auto" takes a GPU where there is one. Raises UnavailableError."""
+def find_device(name: str, mend: str = "use --device cpu") -> str:
+    """A device that works: "auto" takes a GPU where there is one. Raises UnavailableError, with `mend`."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -64,7 +64,7 @@ def find_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = torch.cuda.device_count()
         message = f"device {name!r} cannot be used here ({found} CUDA devices)"
-        raise UnavailableError(message, "use --device cpu") from error
+        raise UnavailableError(message, mend) from error
     return name
 
 
