@@ -320,7 +320,9 @@ def _weighted(error: Tensor, mask: Tensor, weight: float) -> Tensor:
 
 def _autocast(device: str) -> torch.autocast:
     # No cache of weights cast: the threads that work on parts of a batch would share it, and its graph.
-    return torch.autocast(device.split(":")[0], torch.bfloat16, cache_enabled=False)
+    kind = device.split(":")[0]
+    is_slow = kind == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"  # bfloat16 one number at a time
+    return torch.autocast(kind, torch.bfloat16, enabled=not is_slow, cache_enabled=False)
 
 
 @torch.no_grad()
