@@ -51,6 +51,13 @@ def train(folder: Path, recipe: Recipe = RECIPE) -> TinyModel:
     return train_transformer(run, model, make_clips(run, model))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, TinyModel]:
+    """The folder of a run that was never interrupted, and its model. They are shared: change nothing."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder)
+
+
 class StoppedRun(Run):
     """A run that dies right after a checkpoint of one phase of the transformer."""
 
@@ -63,8 +70,8 @@ class StoppedRun(Run):
 
 
 @pytest.mark.parametrize(("phase", "at"), [("coarse", 2), ("fine", 2), ("longer", 1)])
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, phase, at):
-    whole = train(tmp_path / "whole").state_dict()
+def test_an_interrupted_run_ends_with_the_same_weights(trained, tmp_path, phase, at):
+    whole = trained[1].state_dict()
     run = StoppedRun(tmp_path / "stopped", RECIPE, "cpu")
     run.last, run.at = f"{phase}.pt", at
     torch.manual_seed(RECIPE.seed)
@@ -77,20 +84,20 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, phase, at):
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_a_saved_model_is_loaded_as_it_was(tmp_path):
-    model = train(tmp_path)
+def test_a_saved_model_is_loaded_as_it_was(trained, tmp_path):
+    model = trained[1]
     model.save(tmp_path / "tiny.safetensors", torch.float32)
     loaded = TinyModel.load(tmp_path / "tiny.safetensors")
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_curves_are_logged(tmp_path):
-    train(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+def test_curves_are_logged(trained):
+    log = trained[0] / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     phases = {name for phase in ("coarse", "fine", "longer") for name in (phase, f"{phase} held out")}
     assert {line["stage"] for line in lines} == {"codec", "clips"} | phases
-    named = {name: (steps, values) for name, steps, values in curves(tmp_path / "log.jsonl")}
+    named = {name: (steps, values) for name, steps, values in curves(log)}
     assert named["coarse held out clip"][0] == named["fine held out clip"][0] == [1, 2, 3]
 
 
