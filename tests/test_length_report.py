@@ -137,7 +137,7 @@ def test_differences_on_both_sides_of_zero_are_not_clear() -> None:
 
 def test_who_is_compared_with_whom() -> None:
     others = [(setup, "window") for setup in SETUPS if setup != "window"]
-    assert comparisons(tuple(SETUPS)) == [*others, ("head-forcing", "uniform")]
+    assert comparisons(tuple(SETUPS)) == [*others, ("head-forcing", "uniform"), ("head-forcing", "uniform-memory")]
     assert comparisons(("uniform", "head-forcing")) == [("head-forcing", "uniform")]
     assert comparisons(("window",)) == comparisons(("sink", "full")) == []
 

@@ -33,7 +33,7 @@ FILMS: Mapping[str, str] = MappingProxyType({
 })
 EDGE = 5  # seconds before a length over which a measure is averaged
 REFERENCE = "window"  # every setup is compared with this one,
-RIVALS = ("head-forcing", "uniform")  # and the first of these with the second, which has the same budget
+RIVALS = (("head-forcing", "uniform"), ("head-forcing", "uniform-memory"))  # and these, which have the same budget
 DRAWS, SEED = 4000, 0  # of the bootstrap
 FEWEST = 6  # videos that have an interval: of five, all may change the same way by chance more often than 1 in 20 times
 QUANTILES = (0.025, 0.975)
@@ -60,7 +60,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "at": "the measure at each length",
     "change": "its value at each length minus that at the shortest one, of the same video; over videos that have both",
     "against": f"its value under the setup minus that under another, of the same video, at each length: every setup "
-    f"against {REFERENCE}, and {RIVALS[0]} against {RIVALS[1]}",
+    f"against {REFERENCE}, and {' and '.join(' against '.join(pair) for pair in RIVALS)}",
     "clear": "the interval does not hold zero. Nothing is corrected for the number of comparisons: of those without "
     "any difference, about one in twenty is marked",
     "*_right, *_kept, one_object, one_landmark, continuity": "fractions 0..1 of frames, 1 is best: as the prompt says; "
@@ -169,7 +169,7 @@ def summarise(values: Floats, setups: Sequence[str]) -> Summary:
 
 def comparisons(setups: Sequence[str]) -> list[tuple[str, str]]:
     """Which setup is compared with which."""
-    pairs = [(setup, REFERENCE) for setup in setups if setup != REFERENCE] + [RIVALS]
+    pairs = [(setup, REFERENCE) for setup in setups if setup != REFERENCE] + [*RIVALS]
     return [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(setups)]
 
 
@@ -208,11 +208,12 @@ def _rows(summary: Summary, measure: int, setups: Sequence[str]) -> list[list[st
         against = summary.against.get((setup, REFERENCE))
         told = _told(against.part(measure)) if against else ""
         rows.append([f"  {setup}", *(_number(mean) for mean in at.mean), _told(change), told])
-    if RIVALS in summary.against:
-        found = summary.against[RIVALS].part(measure)
-        marks = np.where(found.clear, "*", "")
-        cells = [_number(mean, "+") + mark for mean, mark in zip(found.mean, marks, strict=True)]
-        rows.append([f"  {RIVALS[0]} - {RIVALS[1]}", *cells, "", _told(found)])
+    for pair in RIVALS:
+        if pair in summary.against:
+            found = summary.against[pair].part(measure)
+            marks = np.where(found.clear, "*", "")
+            cells = [_number(mean, "+") + mark for mean, mark in zip(found.mean, marks, strict=True)]
+            rows.append([f"  {' - '.join(pair)}", *cells, "", _told(found)])
     return rows
 
 
@@ -236,8 +237,9 @@ def _caption(result: LengthResult) -> Text:
         f"Differences are paired by video: the same prompts and noise, seeds from {bench['seed']}.",
         f"residual: rms 0..1, 0 is best; all others fractions, 1 is best. {place['device']}, {place['dtype']}.",
     ]
-    if RIVALS in comparisons(result.setups):
-        lines.append(f"{' - '.join(RIVALS)}: the difference at each length, and in the last column with its interval.")
+    for pair in RIVALS:
+        if pair in comparisons(result.setups):
+            lines.append(f"{' - '.join(pair)}: the difference at each length, and in the last column with its interval.")
     return Text("\n".join(lines))
 
 

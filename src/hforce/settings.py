@@ -139,14 +139,16 @@ def _budget(episodes: int, window: int) -> Mapping[str, Any]:
     })
 
 
-# Named bundles: what each changes in CacheConfig. "uniform" gives every head the mean budget of head-forcing:
-# 15 % local 3, 25 % anchor 3 and 60 % memory 12 frames of the past are 8.4 in the mean, rounded up in its favour.
+# Named bundles: what each changes in CacheConfig. "uniform" gives every head the mean budget of head-forcing, as the
+# newest frames, "uniform-memory" the same with episodes: so what roles bring and what episodes bring are told apart.
+# 15 % local 3, 25 % anchor 3 and 60 % memory 12 frames of the past are 8.4 in the mean, rounded up in their favour.
 # The N of the budgets hf-N is that mean with the chunk of 3 itself; the defaults of head-forcing are those of hf-11.
 SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "head-forcing": MappingProxyType({}),
     "random": MappingProxyType({"roles": "random:0"}),
     "inverse": MappingProxyType({"roles": "inverse"}),
     "uniform": _uniform("sink", sink=3, window=6),
+    "uniform-memory": _uniform("memory", sink=3, episodes=3, window=3),
     "sink": _uniform("sink"),
     "window": _uniform("window"),
     "full": _uniform("full"),
@@ -160,6 +162,7 @@ EAGER = "reference-eager"  # what `hforce bench` compares besides: `window`, com
 # Named experiments of `hforce bench`: what each changes in BenchConfig.
 SUITES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "tiny-length": MappingProxyType({
-        "setups": ["head-forcing", "random", "inverse", "uniform", "sink", "window", "full"], "seconds": 120.0,
+        "setups": ["head-forcing", "random", "inverse", "uniform", "uniform-memory", "sink", "window", "full"],
+        "seconds": 120.0,
     }),
 })
