@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hforce.config import describe, load_config, violations, with_setup
 from hforce.errors import ConfigError, HforceError, InputError, UsageError
 from hforce.resources import resource
-from hforce.settings import SETUPS, CacheConfig, Config, RolePolicy, SampleConfig
+from hforce.settings import SETUPS, CacheConfig, Config, ProfileConfig, RolePolicy, SampleConfig
 from hforce.units import Grid, parse_duration, parse_moment, parse_size
 
 
@@ -31,7 +31,8 @@ def failure(folder: Path, text: str | bytes) -> str:
 def test_every_default_keeps_its_own_rule():
     assert violations(Config()) == []
     first = [1000, 937, 875, 750, 625, 500, 375, 250]
-    own = Config(cache=CacheConfig(switch="keep"), sample=SampleConfig(first_steps=first))  # the tiny model's preset
+    roles = ProfileConfig(anchor=0, local=0.35)
+    own = Config(cache=CacheConfig(switch="keep"), sample=SampleConfig(first_steps=first), profile=roles)  # as its preset
     assert load_config() == own
 
 

@@ -43,10 +43,10 @@ def placed(column: list[float]) -> Floats:
 
 @pytest.fixture(scope="module")
 def result() -> LengthResult:
-    """Twenty videos under all setups, every fifth value unknown."""
+    """Twenty videos under all setups, every tenth value unknown."""
     cases = tuple(Case(i, tuple(FILMS)[i % 2], ("red", "blue")[: i % 2 + 1], 7 + i) for i in range(20))
     values = drawn(20, len(SETUPS), len(MEASURES), len(LENGTHS)).round(6)
-    values[drawn(*values.shape, seed=1) < 0.2] = NAN
+    values[drawn(*values.shape, seed=1) < 0.1] = NAN
     kinds = np.array([case.kind for case in cases])
     return LengthResult(
         cases=cases,
@@ -184,3 +184,8 @@ def test_the_table_fits_120_columns_and_says_what_was_found(result: LengthResult
     row = next(line for line in text.splitlines() if line.startswith("   head-forcing"))
     assert [float(cell) for cell in row.split()[1:6]] == pytest.approx(at.mean[0, 0], abs=5e-4)
     assert f"{against.mean[0, -1]:+.3f} [{against.low[0, -1]:+.3f}, {against.high[0, -1]:+.3f}]" in row
+    for other in ("uniform", "uniform-memory"):
+        row = next(line for line in text.splitlines() if line.startswith(f"   hf - {other} "))
+        rival = result.summary["hold"].against["head-forcing", other]
+        cells = [float(cell.rstrip("*")) for cell in row.split()[3:8]]
+        assert cells == pytest.approx(rival.mean[0], abs=5e-4)

@@ -33,7 +33,7 @@ FILMS: Mapping[str, str] = MappingProxyType({
 })
 EDGE = 5  # seconds before a length over which a measure is averaged
 REFERENCE = "window"  # every setup is compared with this one,
-RIVALS = (("head-forcing", "uniform"), ("head-forcing", "uniform-memory"))  # and these, which have the same budget
+RIVALS = (("head-forcing", "uniform"), ("head-forcing", "uniform-memory"))  # and these pairs, each of one budget
 DRAWS, SEED = 4000, 0  # of the bootstrap
 FEWEST = 6  # videos that have an interval: of five, all may change the same way by chance more often than 1 in 20 times
 QUANTILES = (0.025, 0.975)
@@ -213,7 +213,7 @@ def _rows(summary: Summary, measure: int, setups: Sequence[str]) -> list[list[st
             found = summary.against[pair].part(measure)
             marks = np.where(found.clear, "*", "")
             cells = [_number(mean, "+") + mark for mean, mark in zip(found.mean, marks, strict=True)]
-            rows.append([f"  {' - '.join(pair)}", *cells, "", _told(found)])
+            rows.append([f"  hf - {pair[1]}", *cells, "", _told(found)])
     return rows
 
 
@@ -237,9 +237,8 @@ def _caption(result: LengthResult) -> Text:
         f"Differences are paired by video: the same prompts and noise, seeds from {bench['seed']}.",
         f"residual: rms 0..1, 0 is best; all others fractions, 1 is best. {place['device']}, {place['dtype']}.",
     ]
-    for pair in RIVALS:
-        if pair in comparisons(result.setups):
-            lines.append(f"{' - '.join(pair)}: the difference at each length, and in the last column with its interval.")
+    if set(RIVALS) & set(comparisons(result.setups)):
+        lines.append("hf - other: head-forcing minus that setup at each length, and in the last column with its interval.")
     return Text("\n".join(lines))
 
 
