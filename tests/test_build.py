@@ -136,7 +136,7 @@ def test_a_profile_of_other_weights_is_refused(backbone, heads):
 
 @pytest.mark.parametrize(("setup", "kind"), [
     ("head-forcing", Memory), ("random", Memory), ("inverse", Memory),
-    ("uniform", Sink), ("sink", Sink), ("window", Window), ("full", Full),
+    ("uniform", Sink), ("uniform-memory", Memory), ("sink", Sink), ("window", Window), ("full", Full),
     ("hf-10", Memory), ("hf-11", Memory), ("hf-15", Memory),
 ])  # fmt: skip
 def test_a_setup_names_the_policy_of_every_role(backbone, heads, setup, kind):
@@ -149,7 +149,7 @@ def test_a_setup_names_the_policy_of_every_role(backbone, heads, setup, kind):
 
 
 def test_every_setup_is_tested_above():
-    assert len(SETUPS) == 10
+    assert len(SETUPS) == 11
 
 
 @pytest.mark.parametrize(("setup", "mean"), [("hf-10", 9.6), ("hf-11", 11.4), ("hf-15", 15.0)])

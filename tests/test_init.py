@@ -230,6 +230,30 @@ def test_the_settings_in_a_sidecar_start_from_the_same_file(generate, video, tmp
 # What cannot be meant
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("rule", ["error", "skip", "overwrite"])
+def test_what_a_video_starts_from_is_never_written_over(generate, tmp_path, kind, rule):
+    """Not by the contact sheet of a video of its name, and not by the video itself."""
+    path = tmp_path / {"image": "fox.png", "video": "fox.mp4"}[kind]
+    if kind == "image":
+        Image.fromarray(render(SCENE, 1)[0]).save(path)
+    else:
+        save_video(path, render(SCENE, 5))
+    before = path.read_bytes()
+    done = generate("-p", PROMPT, f"--init-{kind}", path.name, "-o", "fox.mp4", "--on-exists", rule)
+    told = "a video starts from it" if rule == "overwrite" else "exists and was not made by this very command"
+    done.fails(73, told)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_picture_that_a_sheet_would_replace_is_spared_or_the_sheet_left_out(generate, tmp_path):
+    (tmp_path / "fox.png").write_bytes(b"a picture of somebody")
+    generate("-p", PROMPT, "-o", "fox.mp4").fails(73, "fox.png exists and was not made by this very command")
+    assert generate("-p", PROMPT, "-o", "fox.mp4", "--set", "video.contact_sheet=false").code == 0
+    assert (tmp_path / "fox.png").read_bytes() == b"a picture of somebody"
+
+
 @pytest.mark.parametrize(("options", "code", "told"), [
     (["--init-image", "first.png", "--init-video", "before.mp4"], 2, "--init-video: a video starts from a picture or"),
     (["--init-image", "gone.png"], 66, "gone.png"),

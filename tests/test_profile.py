@@ -508,7 +508,9 @@ def test_absolute_levels_are_those_that_were_set(measured: Profile) -> None:
 
 def test_nothing_parts_roles_that_no_head_has(measured: Profile) -> None:
     assert levels(pictured(measured, anchor=0.0, local=1.0)) == (None, None)
-    assert "the top 0% of all" in show(pictured(measured, anchor=0.0, local=1.0))
+    for threshold in ("quantile", "absolute"):
+        assert "of 8  none are asked for\n" in show(pictured(measured, threshold, anchor=0.0))
+    assert levels(pictured(measured, "absolute", anchor=0.0, local=0.6)) == (None, 0.6)
 
 
 @pytest.mark.parametrize("threshold", ["quantile", "absolute"])

@@ -17,7 +17,7 @@ from hforce.attention import reference
 from hforce.attention.backends import make_backend, reasons
 from hforce.attention.layout import Backend
 from hforce.attention.timing import ROUNDS, Contest, Layer, enter, race
-from hforce.build import build_bench_backbone, build_policy, build_roles, size_layer
+from hforce.build import build_bench_backbone, build_policy, build_roles, usual_layer
 from hforce.cache.roles import HeadRole
 from hforce.errors import UsageError
 from hforce.machine import device_of, environment, paused_collector
@@ -102,13 +102,11 @@ def run(config: Config, tell: Callable[[KernelProgress], None]) -> KernelResult:
 
 
 def choose_layer(config: Config, backbone: Backbone) -> Layer:
-    """The layer whose heads read the median number of frames, its heads in the order of their roles."""
+    """A usual layer of the model under the configured cache."""
     geometry = backbone.geometry
     chunks = geometry.span // geometry.chunk  # of a video for which `full` would keep everything
     policies = {role: build_policy(config.cache, role, backbone, chunks) for role in HeadRole}
-    layers = [size_layer(row, policies, geometry) for row in build_roles(config.cache, backbone).roles]
-    chosen = sorted(layers, key=lambda layer: sum(layer.frames))[len(layers) // 2]
-    return replace(chosen, frames=tuple(sorted(chosen.frames, reverse=True)))
+    return usual_layer(build_roles(config.cache, backbone), policies, geometry)
 
 
 def choose_entrants(

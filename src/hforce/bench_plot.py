@@ -20,8 +20,8 @@ PLOTTED_DRIFT = (
 )  # fmt: skip
 SMOOTH = 9  # chunks of the running median in the picture
 DPI = 130
-# Okabe and Ito: apart for all kinds of colour vision. They begin anew where there are more setups.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#22262B")
+# Okabe and Ito, the yellow darkened: apart for all kinds of colour vision. They begin anew where there are more setups.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#22262B", "#B5A800")
 STAGE_COLORS = ("#3B5B92", "#7A8FB5", "#B08A4A")
 LEAST_SCALE = 0.1  # of the axis of drift, so that next to nothing looks like it
 

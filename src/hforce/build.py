@@ -292,14 +292,15 @@ def build_cache(cache: CacheConfig, backbone: Backbone, roles: RoleMap, chunks: 
     """The cache, its memory allocated. `chunks` sizes the policy that keeps everything."""
     geometry = backbone.geometry
     policies = {role: build_policy(cache, role, backbone, chunks) for role in HeadRole}
-    layer = size_layer(roles.roles[0], policies, geometry)
+    layer = usual_layer(roles, policies, geometry)
     backend = choose_backend(cache.backend, layer, torch.device(backbone.device), backbone.dtype)
     return HeadCache(geometry, roles, policies, backbone.dtype, backbone.device, backend)
 
 
-def size_layer(roles: Sequence[HeadRole], policies: Mapping[HeadRole, CachePolicy], geometry: Geometry) -> Layer:
-    """The sizes of a layer's attention when its heads hold as many frames as they may."""
-    frames = tuple(geometry.chunk + policies[role].capacity for role in roles)
+def usual_layer(roles: RoleMap, policies: Mapping[HeadRole, CachePolicy], geometry: Geometry) -> Layer:
+    """The sizes of attention where heads hold as many frames as they may, in the layer that reads the median number."""
+    rows = [sorted((geometry.chunk + policies[role].capacity for role in row), reverse=True) for row in roles.roles]
+    frames = tuple(sorted(rows, key=sum)[len(rows) // 2])
     return Layer(geometry.chunk * geometry.tokens, geometry.tokens, geometry.head_dim, frames)
 
 

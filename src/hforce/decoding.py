@@ -36,9 +36,9 @@ def decoded(
     want of memory.
     """
     decoder, chunks = backbone.codec.decoder(), _made(stream, script, given)
-    for number, chunk in enumerate(read_ahead(chunks) if ahead else chunks):
+    for chunk in read_ahead(chunks) if ahead else chunks:
         begin = time.perf_counter()
-        with memory_for(f"decoding chunk {number}"), _beside(backbone.device if ahead else "cpu"):
+        with memory_for(f"decoding chunk {chunk.number}"), _beside(backbone.device if ahead else "cpu"):
             frames = decoder(chunk.latents)
             if not bool(torch.isfinite(frames).all()):
                 message = f"the video frames of chunk {chunk.number} hold values that are not finite"
@@ -63,8 +63,8 @@ def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
 
 def _made(stream: Stream, script: Sequence[Take], given: Tensor | None) -> Iterator[Chunk]:
     """The chunks of a stream. Raises RoomError, naming the chunk, for want of memory."""
-    chunks = stream.play(script, given)
-    for number in count():
+    chunks, chunk = stream.play(script, given), stream.cache.geometry.chunk
+    for number in count(-given.shape[1] // chunk if given is not None else 0):  # as the stream numbers them
         with memory_for(f"denoising chunk {number}"):
             chunk = next(chunks, None)
         if chunk is None:

@@ -35,7 +35,7 @@ from hforce.documents import file_digest, read_document, write_document
 from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, RoomError, memory_for
 from hforce.memory import Mode, check, gib
 from hforce.models.base import Backbone, Blueprint, Described
-from hforce.opening import Opening, examine, read_opening
+from hforce.opening import Opening, check_kept, examine, read_opening
 from hforce.prompts import Init, Item, Shot, file_stem
 from hforce.settings import Config, VideoConfig
 from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
@@ -107,6 +107,8 @@ def run(
     done = [is_done(job, record(config, blueprint, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
     wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
+    written = [path for job in wanted for path in outputs(job.target, config.video)]
+    check_kept([job.opening for job in wanted if job.opening], written)
     if not planned:
         return result
     prompts = [shot.prompt for job in wanted for shot in job.shots]
@@ -208,6 +210,11 @@ def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
         Target(output / "videos" / f"{s}.mp4", output / "meta" / f"{s}.json", output / "previews" / f"{s}.png")
         for s in stems
     ]
+
+
+def outputs(target: Target, video: VideoConfig) -> list[Path]:
+    """The files that a video makes."""
+    return [target.video, target.sidecar, *([target.sheet] if video.contact_sheet else [])]
 
 
 def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | None]:
@@ -338,14 +345,16 @@ def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
 
     Raises OutputError where it may not be touched, DataError for a sidecar that is no JSON.
     """
-    if not job.target.video.exists() or on_exists == "overwrite":
+    video, sidecar, sheet = job.target.video, job.target.sidecar, job.target.sheet
+    is_foreign = sheet.exists() and not sidecar.exists() and wanted["video"]["contact_sheet"]  # somebody's picture
+    if on_exists == "overwrite" or not (video.exists() or is_foreign):
         return False
-    if on_exists == "skip" and job.target.sidecar.exists():
-        found, result = _read_sidecar(job.target.sidecar)
-        if found == json.loads(json.dumps(wanted)) and result.get("sha256") == file_digest(job.target.video):
+    if on_exists == "skip" and video.exists() and sidecar.exists():
+        found, result = _read_sidecar(sidecar)
+        if found == json.loads(json.dumps(wanted)) and result.get("sha256") == file_digest(video):
             return True
     raise OutputError(
-        f"{job.target.video} exists and was not made by this very command",
+        f"{video if video.exists() else sheet} exists and was not made by this very command",
         "choose another output, or use --on-exists overwrite",
     )
 

@@ -36,7 +36,7 @@ from hforce.models.base import Backbone
 from hforce.models.tiny import PACKAGED
 from hforce.plots import check_plot as check_plot
 from hforce.prompts import Shot
-from hforce.settings import OWN, Config, ModelConfig
+from hforce.settings import OWN, Config, ModelConfig, SampleConfig
 from hforce.toy.metrics import read_frames, score
 from hforce.toy.words import LOOKS, sentence
 from hforce.toy.world import FPS, PIXELS, Scene
@@ -308,13 +308,13 @@ def spread(tasks: Sequence[Task], workers: int, take: Callable[[Note], None]) ->
 
 def make_apart(task: Task) -> Note:
     """`make` in a process of its own."""
-    return make(task, _loaded(astuple(task.config.model)))
+    return make(task, _loaded(astuple(task.config.model), task.config.sample.chunk))
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: tuple[Any, ...]) -> Backbone:
+def _loaded(model: tuple[Any, ...], chunk: int | None) -> Backbone:
     """The model of a worker, loaded once in its life."""
-    return build_backbone(Config(model=ModelConfig(*model)))
+    return build_backbone(Config(model=ModelConfig(*model), sample=SampleConfig(chunk=chunk)))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import struct
 import warnings
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hforce.documents import file_digest
-from hforce.errors import DataError, InputError, WriteError
+from hforce.errors import DataError, InputError, OutputError, WriteError
 from hforce.ffmpeg import read_times, read_video
 from hforce.prompts import Init
 
@@ -92,6 +92,14 @@ def read_opening(opening: Opening, size: tuple[int, int]) -> Frames:
     if len(shown) != len(opening.picks):
         raise DataError(f"{path} has changed since it was first read", "start again")
     return np.stack(shown)
+
+
+def check_kept(openings: Iterable[Opening], written: Iterable[Path]) -> None:
+    """Raises OutputError where a file that a video starts from would be written over."""
+    sources = {opening.init.path for opening in openings}
+    for path in written:
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise OutputError(f"{path} would be written over, and a video starts from it", "choose another output")
 
 
 def load_picture(path: Path) -> Image.Image:

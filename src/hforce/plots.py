@@ -39,7 +39,7 @@ def levels(profile: Profile) -> Levels:
     """The masses at which the roles part: as set, or halfway between the heads on both sides of a quantile."""
     cuts = profile.method.thresholds
     if profile.method.threshold == "absolute":
-        return Levels(cuts.anchor, cuts.local)
+        return Levels(cuts.anchor or None, cuts.local or None)
     rows = range(0, len(profile.heads), profile.model.num_heads)
     stats = [[head.stats for head in profile.heads[i : i + profile.model.num_heads]] for i in rows]
     sink, current = [[s.sink_mass for s in row] for row in stats], [[s.current_mass for s in row] for row in stats]
@@ -216,6 +216,8 @@ def _legend(profile: Profile) -> list[str]:
     is_share = profile.method.threshold == "quantile"
 
     def told(target: str, level: float | None, share: float, of: str) -> str:
+        if not share:
+            return "none are asked for"
         if level is None:
             return f"mass on {target}: the top {share:.0%} of {of}"
         return f"mass on {target} above {level:.3f}" + (f" (top {share:.0%} of {of})" if is_share else "")

@@ -2,7 +2,7 @@
 
     for every chunk:
         noise -> few denoising steps -> clean latents          each step looks at the past through the cache
-        one more pass over the clean latents at timestep 0     leaves their keys and values in the cache
+        one more pass over the clean latents, at timestep 0    leaves their keys and values in the cache
         cache.advance()                                        every role keeps and places what its policy wants
 
 That is Self-Forcing (arXiv 2506.08009). Head Forcing (arXiv 2605.14487) happens in the cache alone.
@@ -76,8 +76,9 @@ class Chunk:
 class Sampling:
     """How a chunk is denoised.
 
-    first_steps, where given, hold for the chunk that opens a shot, of which nothing can be copied from the past;
-    first_frames for the very first chunk.
+    first_steps, where given, hold for the chunk that opens a shot, of which nothing can be copied from the past; the
+    first shot of a video that starts from given latents is open already. first_frames is the number of latent frames of
+    the very first chunk; 0: as many as of any other.
     """
 
     steps: tuple[Step, ...]
@@ -90,8 +91,8 @@ class Sampling:
 class Switch:
     """What happens to the cache when the prompt changes.
 
-    keep: nothing. flush: policies drop the old scene. recache: the last `frames` latents are run again under the new
-    prompt, chunk by chunk, so that their keys and values speak of it (LongLive, arXiv 2509.22622).
+    keep: nothing. flush: policies drop the old scene. recache: the last `frames` latents, in whole chunks, are run
+    again under the new prompt, chunk by chunk, so that their keys and values speak of it (LongLive, arXiv 2509.22622).
     """
 
     rule: str = "recache"

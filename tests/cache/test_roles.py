@@ -196,6 +196,7 @@ def test_labels_by_quantile() -> None:
 def test_labels_by_absolute_mass() -> None:
     sink, current = [[0.9, 0.3, 0.2, 0.1]], [[0.9, 0.9, 0.5, 0.6]]
     assert label(sink, current, anchor=0.25, local=0.5, threshold="absolute").letters() == ("AAML",)
+    assert label(sink, current, anchor=0.0, local=0.0, threshold="absolute").letters() == ("MMMM",)
 
 
 def test_ties_go_to_the_lower_layer_and_head() -> None:

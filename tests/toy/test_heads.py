@@ -45,7 +45,7 @@ def test_prompts_that_disagree_are_told():
     masses = even()
     masses[:, 0::2, 0, 0, -1] += 0.5
     masses[:, 1::2, 1, 1, -1] += 0.5
-    text = report(masses / masses.sum(dim=-1, keepdim=True), load_config(overrides=["profile.anchor=0.0"]), chunk=3)
+    text = report(masses / masses.sum(dim=-1, keepdim=True), load_config(overrides=["profile.local=0.2"]), chunk=3)
     assert "| even and odd prompts | 0.667 |" in text  # two of six heads
 
 

@@ -43,9 +43,8 @@ SMALL = WanConfig(
 CODEC = TaehvConfig(12, 8, (12, 8, 8, 8), space_down=(1, 2, 1), space_up=(2, 1, 1), patch=4)
 
 
-def train(folder: Path, recipe: Recipe = RECIPE) -> TinyModel:
-    run = Run(folder, recipe, "cpu")
-    torch.manual_seed(recipe.seed)
+def train(run: Run) -> TinyModel:
+    torch.manual_seed(run.recipe.seed)
     model = TinyModel(SMALL, CODEC)
     train_codec(run, model)
     return train_transformer(run, model, make_clips(run, model))
@@ -55,13 +54,15 @@ def train(folder: Path, recipe: Recipe = RECIPE) -> TinyModel:
 def trained(tmp_path_factory) -> tuple[Path, TinyModel]:
     """The folder of a run that was never interrupted, and its model. They are shared: change nothing."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, train(folder)
+    return folder, train(Run(folder, RECIPE, "cpu"))
 
 
 class StoppedRun(Run):
     """A run that dies right after a checkpoint of one phase of the transformer."""
 
-    last, at = "", 2
+    def __init__(self, out: Path, last: str, at: int) -> None:
+        super().__init__(out, RECIPE, "cpu")
+        self.last, self.at = f"{last}.pt", at
 
     def save(self, name: str, values: dict) -> None:
         super().save(name, values)
@@ -69,18 +70,12 @@ class StoppedRun(Run):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("phase", "at"), [("coarse", 2), ("fine", 2), ("longer", 1)])
-def test_an_interrupted_run_ends_with_the_same_weights(trained, tmp_path, phase, at):
-    whole = trained[1].state_dict()
-    run = StoppedRun(tmp_path / "stopped", RECIPE, "cpu")
-    run.last, run.at = f"{phase}.pt", at
-    torch.manual_seed(RECIPE.seed)
-    model = TinyModel(SMALL, CODEC)
-    train_codec(run, model)
-    with pytest.raises(KeyboardInterrupt):
-        train_transformer(run, model, make_clips(run, model))
-    resumed = train(tmp_path / "stopped").state_dict()
-    for name, value in whole.items():
+def test_a_run_interrupted_in_every_phase_ends_with_the_same_weights(trained, tmp_path):
+    for phase, at in (("coarse", 2), ("fine", 2), ("longer", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            train(StoppedRun(tmp_path, phase, at))
+    resumed = train(Run(tmp_path, RECIPE, "cpu")).state_dict()
+    for name, value in trained[1].state_dict().items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
 
 

@@ -46,7 +46,7 @@ class Lane:
 
 
 class HeadCache:
-    """The keys and values of the past, one store per head, sized by what its role's policy may ever hold.
+    """The keys and values of the past, in slots of every head's own, as many as its role's policy may ever need.
 
     A slot holds one latent frame of one head. Each head owns `chunk + capacity` slots, allocated here and never
     again. The first `chunk` of them are *staging*: every pass, noisy or clean, overwrites them, and `advance` makes
@@ -54,7 +54,7 @@ class HeadCache:
 
     Temporal RoPE is re-encoded head by head: `advance` turns the kept keys to the distance at which their policy
     places them, always from the key as it was written. Attention does not care about the order of keys, so a frame
-    stays in its slot until it is dropped, and all heads with equally many frames are one dense call.
+    stays in its slot until it is dropped, and neighbouring heads with equally many slots and frames are one dense call.
 
     The heads of a role must be neighbours in every layer (`roles.head_order`, `CausalWan.order_heads`).
     Raises ConfigError where they are not, and where a role has no policy.

@@ -109,7 +109,7 @@ def clamp(kept: Sequence[Frame], clock: Clock) -> Placement:
 
 
 def rank(kept: Sequence[Frame], clock: Clock) -> Placement:
-    """Gaps closed: a frame lies as far back as frames are kept at or after it, at most the span (Infinity-RoPE).
+    """Gaps closed: a frame lies as far back as frames are kept at or after it, within the span (Infinity-RoPE).
 
     It equals `true` until a frame is dropped; from then on the time that passed between kept frames is forgotten.
     """

@@ -122,8 +122,8 @@ def label(
 
     Anchor are the heads with the most mass on the sink, local those of the rest with the most on the current chunk,
     memory all others. With threshold "quantile", `anchor` is a share of all heads and `local` one of the rest; ties
-    go to the lower (layer, head). With "absolute", they are the masses to exceed. Raises DataError when a mass is
-    not finite. Source: Head Forcing (arXiv 2605.14487) as others read it; quantiles keep the budget fixed.
+    go to the lower (layer, head). With "absolute", they are the masses to exceed. Either way 0 asks for none. Raises
+    DataError when a mass is not finite. Source: Head Forcing (arXiv 2605.14487) as others read it; quantiles keep the budget fixed.
     """
     anchors, locals_ = _cut_twice(sink, current, anchor, local, threshold)
     roles = dict.fromkeys(_by_place(sink), HeadRole.MEMORY)
@@ -165,7 +165,7 @@ def _cut_twice(sink: Masses, current: Masses, anchor: float, local: float, thres
 
 def _cut(mass: Mapping[Place, float], share: float, threshold: str) -> _Cut:
     ranked = sorted(mass, key=lambda at: (-mass[at], at))
-    if threshold == "absolute":
+    if threshold == "absolute" and share > 0:
         return _Cut(frozenset(at for at in ranked if mass[at] > share), share)
     count = round(share * len(ranked))
     parts = 0 < count < len(ranked)

@@ -13,7 +13,7 @@ from hforce.errors import ConfigError
 class Full(CachePolicy):
     """Forgets nothing and moves nothing: what a model does without a policy, and the truth other policies approach.
 
-    `frames` must hold the whole video but its last chunk. Its cost grows with the video, and so do its distances.
+    `frames` must hold the whole video. Its cost grows with the video, and so do its distances.
     """
 
     frames: int = 18

@@ -16,7 +16,7 @@ class Memory(CachePolicy):
 
     Three levels: `sink` frames from the start of the stream, at most `episodes` from its middle, and the newest
     `window`. When a chunk pushes frames out of the window, at most one of them enters the bank: the one most unlike
-    everything remembered. A full bank then gives up its most redundant frame, so that it stays a spread-out set of
+    the sink and the bank. A full bank then gives up its most redundant frame, so that it stays a spread-out set of
     pictures and a frozen scene cannot fill it with copies.
     """
 
@@ -28,7 +28,7 @@ class Memory(CachePolicy):
     gate: float = 1.5  # a frame that drifted further never enters: corruption is novel, too
     kappa: float = 1.0  # a full bank takes no frame less surprising than this many deviations below the mean
     age: float = 0.05  # redundancy a frame gains in every `horizon`, so that old episodes fade
-    horizon: int = 120
+    horizon: int = 120  # latent frames
     spacing: int = 3  # least distance between a new episode and those in the bank
     chunk: int = 3  # frames that arrive together
 
