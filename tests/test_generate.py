@@ -375,6 +375,17 @@ def test_a_video_of_somebody_else_is_not_ours(settings, tmp_path):
     assert (tmp_path / "a.mp4").read_text() == "precious"
 
 
+@pytest.mark.parametrize("on_exists", ["skip", "error"])
+@pytest.mark.parametrize("text", ["precious", '{"kind": "other", "result": {}}', '{"result": {}}'])
+def test_a_sidecar_of_something_else_is_not_written_over(settings, tmp_path, text, on_exists):
+    (tmp_path / "a.mp4.json").write_text(text)
+    with pytest.raises(DataError, match="is no sidecar of hforce") as caught:
+        make(settings(), tmp_path / "a.mp4", on_exists=on_exists)
+    assert "overwrite" in caught.value.mend
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.mp4.json", text)]
+    assert make(settings(), tmp_path / "a.mp4", on_exists="overwrite").made
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '"x"', "[" * 100_000, '{"result": 1}', "\ud83d"])
 def test_a_damaged_sidecar_is_said_to_be_one(settings, tmp_path, text):
     (tmp_path / "a.mp4").write_text("a video")

@@ -346,12 +346,14 @@ def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
     Raises OutputError where it may not be touched, DataError for a sidecar that is no JSON.
     """
     video, sidecar, sheet = job.target.video, job.target.sidecar, job.target.sheet
-    is_foreign = sheet.exists() and not sidecar.exists() and wanted["video"]["contact_sheet"]  # somebody's picture
-    if on_exists == "overwrite" or not (video.exists() or is_foreign):
+    if on_exists == "overwrite":
         return False
-    if on_exists == "skip" and video.exists() and sidecar.exists():
-        found, result = _read_sidecar(sidecar)
-        if found == json.loads(json.dumps(wanted)) and result.get("sha256") == file_digest(video):
+    known = _read_sidecar(sidecar) if sidecar.exists() else None
+    is_foreign = not known and sheet.exists() and wanted["video"]["contact_sheet"]  # somebody's picture
+    if not (video.exists() or is_foreign):
+        return False
+    if on_exists == "skip" and known and known[0] == json.loads(json.dumps(wanted)):
+        if known[1].get("sha256") == file_digest(video):
             return True
     raise OutputError(
         f"{video if video.exists() else sheet} exists and was not made by this very command",
@@ -380,6 +382,8 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a video was made from, and what became of it. Raises DataError when the file does not hold this."""
     try:
         found = json.loads(read_document(path, MOST_SIDECAR_BYTES))
+        if not found["kind"].startswith(SIDECAR.split("/")[0]):
+            raise ValueError("of another kind")
         return found, found.pop("result")
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
         raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error

@@ -33,7 +33,7 @@ FILMS: Mapping[str, str] = MappingProxyType({
 })
 EDGE = 5  # seconds before a length over which a measure is averaged
 REFERENCE = "window"  # every setup is compared with this one,
-RIVALS = (("head-forcing", "uniform"), ("head-forcing", "uniform-memory"))  # and these pairs, each of one budget
+RIVALS = (("head-forcing", "uniform"), ("head-forcing", "uniform-memory"))  # and these pairs, each of nearly one budget
 DRAWS, SEED = 4000, 0  # of the bootstrap
 FEWEST = 6  # videos that have an interval: of five, all may change the same way by chance more often than 1 in 20 times
 QUANTILES = (0.025, 0.975)

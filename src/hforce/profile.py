@@ -3,6 +3,7 @@
 Videos are made as always, but all heads follow one plain policy, and a Probe notes how much of every head's attention
 falls on the first frame, on the chunk being made, and between. The heads that look at the first frame most are
 anchors, those of the rest that look at the chunk most are local, all others memory (Head Forcing, arXiv 2605.14487).
+How many are anchors and local is set (`profile.anchor`, `profile.local`), for there is no natural cut.
 """
 
 from __future__ import annotations
