@@ -23,10 +23,10 @@ from hforce.build import build_backbone, build_plan
 from hforce.cache.roles import save_profile
 from hforce.config import load_config, with_setup
 from hforce.errors import ConfigError, DataError, OutputError
-from hforce.length import choose_lengths, draw_case, fingerprint_of, notes_path, plan_shots
+from hforce.length import Task, choose_lengths, draw_case, fingerprint_of, make, make_apart, notes_path, plan_shots
 from hforce.length_report import FILMS, MEASURES, LengthResult
 from hforce.prompts import Shot
-from hforce.settings import SETUPS, BenchConfig, CacheConfig, Config, ModelConfig
+from hforce.settings import SETUPS, BenchConfig, CacheConfig, Config, ModelConfig, SampleConfig
 from hforce.toy.evaluate import generate
 from hforce.toy.film import Cut, Film
 from hforce.toy.metrics import read_frames, score
@@ -242,6 +242,13 @@ def test_notes_that_cannot_be_written_stop_before_the_first_video(config: Config
 
 
 # Processes
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_worker_makes_what_this_process_makes(config: Config, chunk: int | None) -> None:
+    config = replace(config, sample=SampleConfig(chunk=chunk, steps=[1000]))
+    task = Task(draw_case(1, 5), "window", config, 1, "f")
+    assert make_apart(task) == make(task, build_backbone(config))
 
 
 def test_an_error_in_a_worker_is_the_error_and_names_its_video(config: Config, tmp_path: Path) -> None:
