@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import hforce
 from hforce.models.weights import read_safetensors
+from hforce.settings import SETUPS
 
 PROMPT = "a red circle bouncing sideways on a green striped background"
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def test_length_seed_size_and_enlargement(generate, tmp_path):
     assert (told["seed"], told["size"], told["frames"]) == (5, [128, 128], 33)
 
 
-@pytest.mark.parametrize("policy", ["window", "sink", "full", "head-forcing", "uniform", "uniform-memory", "random", "inverse"])
+@pytest.mark.parametrize("policy", [setup for setup in SETUPS if not setup.startswith("hf-")])
 def test_every_policy_has_a_flag(generate, tmp_path, policy):
     assert generate("-p", PROMPT, "-d", "2s", "--policy", policy, "-o", "a.mp4").code == 0
     assert json.loads((tmp_path / "a.mp4.json").read_text())["cache"]["setup"] == policy

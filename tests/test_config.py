@@ -32,7 +32,7 @@ def test_every_default_keeps_its_own_rule():
     assert violations(Config()) == []
     first = [1000, 937, 875, 750, 625, 500, 375, 250]
     roles = ProfileConfig(anchor=0, local=0.35)
-    own = Config(cache=CacheConfig(switch="keep"), sample=SampleConfig(first_steps=first), profile=roles)  # as its preset
+    own = Config(cache=CacheConfig(switch="keep"), sample=SampleConfig(first_steps=first), profile=roles)
     assert load_config() == own
 
 

@@ -214,7 +214,8 @@ class Entrant:
         try:
             return next(self._player)
         except HforceError as error:
-            raise type(error)(f"setup {self.setup!r}: {error}", error.mend) from error
+            error.say_where(f"setup {self.setup!r}")
+            raise
 
     def _look(self, frames: NDArray[np.uint8]) -> None:
         if self.edges:
@@ -288,7 +289,9 @@ def choose_setups(config: Config, known: Collection[str] = SETUPS) -> dict[str, 
 
 
 def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
-    """The item cut into chunks and encoded. Raises ConfigError when nothing would be left to time."""
+    """The item cut into chunks and encoded. Raises ConfigError where nothing is left to time, or a file comes first."""
+    if item.init:
+        raise ConfigError(f"line {item.line}: what is timed starts from nothing, not from {item.init.path}")
     seconds = item.seconds or config.bench.seconds
     shots = item.timed(seconds)
     plan = build_plan(shots, seconds, config.video.fps, backbone)

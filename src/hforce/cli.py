@@ -64,7 +64,7 @@ def common(
 def generate(
     context: typer.Context,
     prompt: options.Prompt = None,
-    prompt_file: options.PromptFile = "",
+    prompt_file: options.PromptFile = None,
     output: options.Output = Path("outputs"),
     duration: options.Duration = "",
     frames: options.Frames = None,
@@ -120,7 +120,7 @@ def generate(
 
     with _blame(config), VideoProgress(_is_quiet(context)) as progress:
         result = verb.run(settings, items, output, on_exists, progress.update)
-    _report(result)
+    _report(result, settings.video.contact_sheet)
 
 
 @app.command()
@@ -154,6 +154,8 @@ def profile(
     from hforce import profile as verb
     from hforce.cache.roles import load_profile
 
+    outputs = [path for path in (plot, output if show is None else None) if path is not None]
+    _check_results(outputs, [prompt_file, show, *(config or [])])
     if plot is not None:
         verb.check_plot(plot)
     if show is not None:
@@ -205,13 +207,11 @@ def bench(
     from hforce import bench_kernels, length
     from hforce.documents import write_document
     from hforce.progress import CountProgress, show_table
-    from hforce.video import check_place
 
     if kernels and settings.bench.suite:
         raise UsageError("--kernels and --suite exclude each other", "run one after the other")
     verb, notes = (length, [json_file]) if settings.bench.suite else (bench_kernels if kernels else speed, [])
-    for path in filter(None, (json_file, plot)):
-        check_place(path)
+    _check_results([path for path in (json_file, plot) if path], [prompt_file, *(config or [])])
     if plot is not None:
         verb.check_plot(plot)
     with _blame(config), CountProgress("benchmark", _is_quiet(context)) as progress:
@@ -225,6 +225,16 @@ def bench(
         typer.echo(plot)
 
 
+def _check_results(paths: list[Path], sources: list[Path | str | None]) -> None:
+    """Finds out before the work whether its results can be written, and replace nothing but results of hforce."""
+    from hforce.documents import check_result
+    from hforce.video import check_place
+
+    for number, path in enumerate(paths):
+        check_place(path)
+        check_result(path, [*(source for source in sources if source), *paths[:number]])
+
+
 def _origin(revision: str, offline: bool, device: str) -> Flags:
     """Where the model comes from, and where it runs."""
     return {
@@ -236,18 +246,14 @@ def _origin(revision: str, offline: bool, device: str) -> Flags:
 
 def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] | None, flags: Flags) -> Config:
     """The configuration: presets, files, --set, then the flags that were given. Errors name the flag, not the key."""
-    import json
-
     from hforce.config import load_config
     from hforce.which_model import which_model
 
     preset, name, checkpoint = which_model(model)
     flags |= {"-m": ("model.name", name), "--model": ("model.checkpoint", checkpoint), "--size": ("model.size", size)}
     given = {flag: setting for flag, setting in flags.items() if setting[1] not in (None, "", [])}
-    # A JSON text is a YAML value, quotes and all; references are for files, not for flags.
-    texts = [f"{key}={json.dumps(value)}" for key, value in given.values()]
     try:
-        return load_config(preset, files or [], [*(overrides or []), *texts])
+        return load_config(preset, files or [], overrides or [], dict(given.values()))
     except UsageError as error:
         told = str(error)
         for flag, (key, _) in given.items():
@@ -276,14 +282,17 @@ def _blame(files: list[Path] | None) -> Iterator[None]:
         raise UsageError(str(error), error.mend) from error
 
 
-def _items(prompts: list[str], prompt_file: str, config: Config) -> list[Item]:
+def _items(prompts: list[str], prompt_file: str | None, config: Config) -> list[Item]:
     """What to make: prompts from the command line, from a file, or the demo."""
+    from hforce.models.families import find_family
     from hforce.prompts import Item, Shot, load_prompts
     from hforce.resources import resource
     from hforce.units import Grid
 
     if prompts and prompt_file:
         raise UsageError("--prompt and --prompt-file exclude each other", "put all prompts into the file")
+    if prompt_file == "":  # of an unset variable in a script, likely
+        raise UsageError("--prompt-file names no file")
     for prompt in prompts:
         if not prompt.strip():
             raise UsageError(f"the prompt {prompt!r} is empty")
@@ -291,7 +300,9 @@ def _items(prompts: list[str], prompt_file: str, config: Config) -> list[Item]:
             raise UsageError(f"the prompt {prompt[:60]!r} is not UTF-8")
     if prompts:
         return [Item(None, (Shot(p),), line=n) for n, p in enumerate(prompts, 1)]
-    return load_prompts(prompt_file or resource(DEMO), Grid(fps=config.video.fps))
+    release = config.model.release
+    chunk = config.sample.chunk or (find_family(release).recipe.chunk if release else Grid.chunk)
+    return load_prompts(prompt_file or resource(DEMO), Grid(fps=config.video.fps, chunk=chunk))
 
 
 def _count_seconds(frames: int, has_duration: bool, fps: int) -> float:
@@ -315,11 +326,11 @@ def _is_quiet(context: typer.Context) -> bool:
     return bool(context.parent and context.parent.params.get("quiet"))
 
 
-def _report(result: Result) -> None:
+def _report(result: Result, has_sheets: bool) -> None:
     """Paths of videos and contact sheets on standard output. Raises the error of a single failed item, or of a stop."""
     for target in (*result.skipped, *result.made):
         typer.echo(target.video)
-        if target.sheet.exists():
+        if has_sheets and target.sheet.exists():
             typer.echo(target.sheet)
     for target in result.skipped:
         log.warning("%s was there already, made by the same command", target.video)

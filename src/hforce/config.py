@@ -82,24 +82,28 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
 })
 
 
-def load_config(preset: str = "tiny", files: Iterable[Path | str] = (), overrides: Iterable[str] = ()) -> Config:
-    """Defaults, changed by the preset, then by the setup and the suite named in it or after it, then by `files`, then
-    by `overrides`.
+def load_config(
+    preset: str = "tiny",
+    files: Iterable[Path | str] = (),
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
+    """Defaults, changed by the preset, then by `files`, then by the command line: `overrides` and `flags`.
 
-    `overrides` are texts "section.key=value" from the command line. All faults are reported together, each with its
-    file and line: UsageError when all of them come from the command line, else ConfigError; InputError for a file
-    that is not there.
+    A setup or suite that one of these three names is applied before its other settings, and undoes the one before.
+    `overrides` are texts "section.key=value", `flags` dotted keys and values as they are meant. All faults are reported
+    together, each with its file and line: UsageError when all of them come from the command line, else ConfigError;
+    InputError for a file that is not there.
     """
     packaged = _file_settings(_preset_path(preset))
-    given = [setting for file in files for setting in _file_settings(Path(file))]
-    given += [setting for text in overrides for setting in _override_settings(text)]
-    tree = OmegaConf.structured(Config)
-    faults = [fault for setting in packaged if (fault := _apply(tree, setting))]
-    for section, chooser, bundles in _BUNDLES:
-        named = [setting.value for setting in (*packaged, *given) if setting.path == f"{section}.{chooser}"]
-        for key, value in bundles.get(str(named[-1]), {}).items() if named else ():
-            tree[section][key] = value
-    faults += [fault for setting in given if (fault := _apply(tree, setting))]
+    in_files = [setting for file in files for setting in _file_settings(Path(file))]
+    typed = [setting for text in overrides for setting in _override_settings(text)]
+    typed += [Setting(key, _as_it_is(value), COMMAND_LINE) for key, value in flags.items()]
+    given = [*in_files, *typed]
+    tree, faults = OmegaConf.structured(Config), []
+    for stage in (packaged, in_files, typed):
+        _apply_bundles(tree, stage)
+        faults += [fault for setting in stage if (fault := _apply(tree, setting))]
     faults += _broken_references(tree, (*packaged, *given))
     _report(faults)
     config = OmegaConf.to_object(tree)
@@ -107,6 +111,19 @@ def load_config(preset: str = "tiny", files: Iterable[Path | str] = (), override
     origins = {setting.path: setting.origin for setting in (*packaged, *given)}
     _report([(origins.get(path, ""), f"{path}: {message}") for path, message in violations(config)])
     return config
+
+
+def _apply_bundles(tree: DictConfig, stage: Iterable[Setting]) -> None:
+    """What the setup and the suite named last in a stage change, after what those before them had changed is undone."""
+    for section, chooser, bundles in _BUNDLES:
+        named = [str(setting.value) for setting in stage if setting.path == f"{section}.{chooser}"]
+        if not named or named[-1] not in bundles:
+            continue
+        fresh = OmegaConf.structured(Config)[section]
+        for key in bundles.get(str(tree[section][chooser]), {}):
+            tree[section][key] = fresh[key]
+        for key, value in bundles[named[-1]].items():
+            tree[section][key] = value
 
 
 def with_setup(config: Config, setup: str) -> Config:
@@ -163,6 +180,11 @@ def _override_settings(text: str) -> list[Setting]:
     except ConfigError as error:
         raise UsageError(f"{COMMAND_LINE} {text[:60]!r}: not a value YAML can read", "quote it") from error
     return [Setting(key.strip() + path.removeprefix("value"), found, COMMAND_LINE) for path, found in parsed.items()]
+
+
+def _as_it_is(value: Any) -> Any:
+    """A value in which OmegaConf finds no reference."""
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _parse(text: str, name: str) -> Iterator[tuple[str, Any]]:

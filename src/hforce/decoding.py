@@ -63,8 +63,8 @@ def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
 
 def _made(stream: Stream, script: Sequence[Take], given: Tensor | None) -> Iterator[Chunk]:
     """The chunks of a stream. Raises RoomError, naming the chunk, for want of memory."""
-    chunks, chunk = stream.play(script, given), stream.cache.geometry.chunk
-    for number in count(-given.shape[1] // chunk if given is not None else 0):  # as the stream numbers them
+    chunks, size = stream.play(script, given), stream.cache.geometry.chunk
+    for number in count(-given.shape[1] // size if given is not None else 0):  # as the stream numbers them
         with memory_for(f"denoising chunk {number}"):
             chunk = next(chunks, None)
         if chunk is None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import hashlib
 import os
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from hforce.errors import DataError, HforceError, InputError, OutputError, PermissionDenied, WriteError
+from hforce.errors import DataError, HforceError, InputError, OutputError, PermissionDenied, cannot_write
 
 Document = TypeVar("Document", bound=BaseModel)
-
-FULL = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-)  # the file could be opened, but not written to its end
 
 
 def read_document(path: str | Path, limit: int) -> bytes:
@@ -57,23 +54,66 @@ def parse_document(kind: type[Document], data: bytes, name: str | Path, mend: st
 
 
 def write_document(path: str | Path, text: str) -> None:
-    """Write `text` in UTF-8 so that a reader, or a crash, sees the old file or the new one and nothing between.
+    """Write `text` in UTF-8, all or nothing. Raises what `write_bytes` raises."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
 
     Raises OutputError when the file cannot be created (PermissionDenied when it may not), WriteError when it cannot be
     written to its end.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f".hforce-{os.getpid()}.part")  # short: the name of `path` may be as long as names can be
     try:
-        with draft.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
         with suppress(OSError):  # no draft, or no way to it: the caller hears why
             draft.unlink()
-        raise _unwritten(path, error) from error
+        raise cannot_write(path, error) from error
+
+
+def check_result(path: str | Path, others: Iterable[str | Path] = ()) -> None:
+    """Finds out whether a result may be written: nothing is there, or a result that hforce wrote, JSON or PNG.
+
+    `others` are files that the command reads or writes besides. Raises OutputError where one of them, or something
+    that hforce did not write, would be replaced.
+    """
+    path = Path(path)
+    if any(_is_same(path, Path(other)) for other in others):
+        raise OutputError(f"{path} is read or written by the same command", "give every file a name of its own")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise OutputError(f"cannot create {path}: something that is no file is there", "give the name of a file")
+    if not _is_ours(read_head(path, 4096)):
+        raise OutputError(f"{path} exists and was not written by hforce", "remove it, or choose another name")
+
+
+def read_head(path: Path, count: int) -> bytes:
+    """The first bytes of a file. Raises PermissionDenied or InputError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise _unread(path, error) from error
+
+
+def _is_ours(head: bytes) -> bool:
+    """Whether a file begins like a document or a picture of hforce."""
+    return not head or re.search(rb'"kind"\s*:\s*"hforce\.', head) is not None or b"Software\0hforce" in head
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one is not there yet, or cannot be looked at
+        return os.path.abspath(one) == os.path.abspath(other)
 
 
 def _first_fault(error: ValidationError) -> str:
@@ -88,12 +128,3 @@ def _unread(path: str | Path, error: OSError) -> HforceError:
     if isinstance(error, PermissionError):
         return PermissionDenied(f"may not read {path}", mend="check who owns the file")
     return InputError(f"cannot read {path}: {error.strerror or error}", mend="check the path")
-
-
-def _unwritten(path: Path, error: OSError) -> HforceError:
-    reason = error.strerror or str(error)
-    if error.errno in FULL:
-        return WriteError(f"writing {path} failed: {reason}", mend="free some space, or write elsewhere")
-    if isinstance(error, PermissionError):
-        return PermissionDenied(f"may not write {path}: {reason}", mend="write to a folder of your own")
-    return OutputError(f"cannot create {path}: {reason}", mend="check the path; its folder must exist")

@@ -23,6 +23,10 @@ class HforceError(Exception):
         super().__init__(message)
         self.mend = mend
 
+    def say_where(self, where: str) -> None:
+        """Begins the message with where it happened."""
+        self.args = (f"{where}: {self}",)
+
 
 class UsageError(HforceError):
     """A command line that cannot be meant: a bad value, or options that exclude each other."""
@@ -102,7 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_for(stage: str) -> Iterator[None]:
+def memory_for(stage: str, mend: str = SMALLER) -> Iterator[None]:
     """Turns a lack of memory inside into a RoomError that names the stage, and lets go of what was being made."""
     try:
         yield
@@ -110,7 +114,7 @@ def memory_for(stage: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit
-        raise RoomError(f"out of memory while {stage}", SMALLER) from error
+        raise RoomError(f"out of memory while {stage}", mend) from error
 
 
 def cannot_write(path: Path | str, error: OSError) -> HforceError:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import hforce
 from hforce import memory
 from hforce.build import (
     Plan,
@@ -27,24 +23,21 @@ from hforce.build import (
     build_script,
     build_stream,
     check_cache,
-    effective,
     pin_model,
 )
 from hforce.decoding import decoded
-from hforce.documents import file_digest, read_document, write_document
-from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, RoomError, memory_for
+from hforce.errors import HforceError, InterruptedRun, OutputError, RoomError, memory_for
 from hforce.memory import Mode, check, gib
 from hforce.models.base import Backbone, Blueprint, Described
 from hforce.opening import Opening, check_kept, examine, read_opening
 from hforce.prompts import Init, Item, Shot, file_stem
 from hforce.settings import Config, VideoConfig
-from hforce.video import FfmpegSink, contact_sheet, preflight, upscale
+from hforce.sidecar import certify, is_done, record
+from hforce.video import FfmpegSink, contact_sheet, preflight, unfinished, upscale
 
 log = logging.getLogger(__name__)
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
-SIDECAR = "hforce.video/1"
-MOST_SIDECAR_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,7 @@ class Job:
     seed: int
     target: Target
     opening: Opening | None = None
+    replaces: bool = False  # a video that is there
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,8 @@ def run(
     planned = choose_plan(config, blueprint, missing) if missing else None
     done = [is_done(job, record(config, blueprint, job), on_exists) for job in jobs]
     result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
-    wanted = [job for job, is_there in zip(jobs, done, strict=True) if not is_there]
+    replaces = on_exists == "overwrite"
+    wanted = [replace(job, replaces=replaces) for job, is_there in zip(jobs, done, strict=True) if not is_there]
     written = [path for job in wanted for path in outputs(job.target, config.video)]
     check_kept([job.opening for job in wanted if job.opening], written)
     if not planned:
@@ -213,8 +208,9 @@ def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
 
 
 def outputs(target: Target, video: VideoConfig) -> list[Path]:
-    """The files that a video makes."""
-    return [target.video, target.sidecar, *([target.sheet] if video.contact_sheet else [])]
+    """The files that the making of a video writes."""
+    sheets = [target.sheet] if video.contact_sheet else []
+    return [target.video, target.sidecar, *sheets, *unfinished(target.video)]
 
 
 def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | None]:
@@ -250,7 +246,7 @@ def plan_job(config: Config, backbone: Described, item: Item, opening: Opening |
 
 
 def make(config: Config, backbone: Backbone, job: Job, ahead: bool, tell: Callable[[Progress], None]) -> None:
-    """Generates, decodes and encodes one video, then writes its contact sheet and sidecar.
+    """Generates, decodes and encodes one video; its sidecar and contact sheet are written before it gets its name.
 
     With `ahead` the next chunk is made while one is decoded.
     """
@@ -261,27 +257,30 @@ def make(config: Config, backbone: Backbone, job: Job, ahead: bool, tell: Callab
     given = encode_opening(job.opening, job.plan.given, backbone) if job.opening else None
     factor = config.video.upscale
     width, height = (side * factor for side in backbone.size)
-    video = config.video
-    sink = FfmpegSink(job.target.video, (width, height), video.fps, video.crf, video.preset, job.plan.frames)
-    sheet = Sheet(job.plan.frames, video.fps)
+    video, sheet = config.video, Sheet(job.plan.frames, config.video.fps)
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
+
+    def finish(whole: Path) -> None:
+        outcome = {"frames": done, "seconds": round(time.monotonic() - started, 3), "stages": _rounded(spent)}
+        picture = sheet.draw(max(1, factor // 2)) if video.contact_sheet else None
+        certify(whole, job.target, record(config, backbone, job), outcome, picture)
+
+    sink = FfmpegSink(
+        job.target.video, (width, height), video.fps, video.crf, video.preset, job.plan.frames, job.replaces, finish
+    )
     try:
         with sink:
-            for _, frames, seconds in decoded(stream, script, backbone, given, ahead):
+            for chunk, frames, seconds in decoded(stream, script, backbone, given, ahead):
                 begin = time.perf_counter()
-                sink.write(upscale(frames, factor))
+                with memory_for(f"enlarging chunk {chunk.number} for the video", "choose a smaller --upscale"):
+                    sink.write(upscale(frames, factor))
                 seconds["encode"] = time.perf_counter() - begin
                 sheet.look(done, frames)
                 done += len(frames)
                 spent = {stage: spent[stage] + seconds[stage] for stage in spent}
                 tell(Progress(job, done, seconds))
-            if video.contact_sheet:
-                pictures = [(t, upscale(f[None], max(1, factor // 2))[0]) for t, f in sheet.pictures]
-                contact_sheet(pictures, job.target.sheet, SHEET_COLUMNS)
     except HforceError as error:
         raise _telling(error, sink.kept) from error.__cause__
-    outcome = {"frames": done, "seconds": round(time.monotonic() - started, 3), "stages": _rounded(spent)}
-    _write_record(sink, record(config, backbone, job), outcome, job.target.sidecar)
 
 
 def encode_opening(opening: Opening, latents: int, backbone: Backbone) -> Tensor:
@@ -309,66 +308,10 @@ class Sheet:
         inside = [n for n in self._wanted if first <= n < first + len(frames)]
         self.pictures += [(n / self._fps, frames[n - first].copy()) for n in inside]
 
-
-def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
-    """Everything needed to make the same video again: the sidecar without its result."""
-    starts = [sum(job.plan.chunks[:i]) for i in range(len(job.shots))]
-    schedule = [
-        {"chunk": start, "prompt": shot.prompt, "reads": backbone.encode_text.reads(shot.prompt)}
-        for start, shot in zip(starts, job.shots, strict=True)
-    ]
-    family, recipe = backbone.family, asdict(effective(config.sample, backbone.family))
-    seen = {name: recipe.pop(name) for name in ("window", "sink")}
-    opening = job.opening
-    init = opening and {**asdict(opening.init), "sha256": opening.sha256, "latents": job.plan.given}
-    # How the files came here and what was held in memory say nothing of the video.
-    model = replace(config.model, offline=False, memory="auto", memory_limit="")
-    settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
-    return {
-        "kind": SIDECAR,
-        "schedule": schedule,
-        "init": init,
-        "seed": job.seed,
-        "frames": job.plan.frames,
-        "chunks": job.plan.total,
-        "size": list(backbone.size),
-        "video": asdict(config.video),
-        **settings,
-        "fingerprint": backbone.fingerprint,
-        "release": {"name": family.name if family else "", **seen},
-        "versions": {"hforce": hforce.__version__, "torch": torch.__version__},
-    }
-
-
-def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
-    """Whether the video is there, whole and made by the same settings.
-
-    Raises OutputError where it may not be touched, DataError for a sidecar that is no JSON.
-    """
-    video, sidecar, sheet = job.target.video, job.target.sidecar, job.target.sheet
-    if on_exists == "overwrite":
-        return False
-    known = _read_sidecar(sidecar) if sidecar.exists() else None
-    is_foreign = not known and sheet.exists() and wanted["video"]["contact_sheet"]  # somebody's picture
-    if not (video.exists() or is_foreign):
-        return False
-    if on_exists == "skip" and known and known[0] == json.loads(json.dumps(wanted)):
-        if known[1].get("sha256") == file_digest(video):
-            return True
-    raise OutputError(
-        f"{video if video.exists() else sheet} exists and was not made by this very command",
-        "choose another output, or use --on-exists overwrite",
-    )
-
-
-def _write_record(sink: FfmpegSink, recipe: dict[str, Any], outcome: dict[str, Any], path: Path) -> None:
-    """Writes the sidecar of a finished video; where that fails, the video goes back to where unfinished ones lie."""
-    try:
-        result = {**outcome, "sha256": file_digest(sink.path)}
-        write_document(path, json.dumps({**recipe, "result": result}, indent=1) + "\n")
-    except HforceError as error:
-        os.replace(sink.path, sink.part)  # without its record nobody could tell what it shows
-        raise _telling(error, sink.part) from error.__cause__
+    def draw(self, factor: int) -> bytes:
+        """The pictures, enlarged, as one PNG."""
+        pictures = [(moment, upscale(picture[None], factor)[0]) for moment, picture in self.pictures]
+        return contact_sheet(pictures, SHEET_COLUMNS)
 
 
 def _telling(error: HforceError, kept: Path | None) -> HforceError:
@@ -376,17 +319,6 @@ def _telling(error: HforceError, kept: Path | None) -> HforceError:
     if kept and str(kept) not in error.mend:
         error.args = (f"{error}; what was made until then is in {kept}",)
     return error
-
-
-def _read_sidecar(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a video was made from, and what became of it. Raises DataError when the file does not hold this."""
-    try:
-        found = json.loads(read_document(path, MOST_SIDECAR_BYTES))
-        if not found["kind"].startswith(SIDECAR.split("/")[0]):
-            raise ValueError("of another kind")
-        return found, found.pop("result")
-    except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
-        raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

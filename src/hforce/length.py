@@ -185,7 +185,8 @@ def make(task: Task, backbone: Backbone) -> Note:
         script = build_script(shots, plan, backbone)
         video = np.concatenate([frames for _, frames, _ in decoded(stream, script, backbone)])
     except HforceError as error:
-        raise type(error)(f"video {task.case.number}, setup {task.setup!r}: {error}", error.mend) from error
+        error.say_where(f"video {task.case.number}, setup {task.setup!r}")
+        raise
     scores = asdict(score(read_frames(video), find_schedule(shots, plan, backbone)))
     rounded = {
         name: [round(float(value), DIGITS) if np.isfinite(value) else None for value in values]

@@ -238,7 +238,7 @@ def _caption(result: LengthResult) -> Text:
         f"residual: rms 0..1, 0 is best; all others fractions, 1 is best. {place['device']}, {place['dtype']}.",
     ]
     if set(RIVALS) & set(comparisons(result.setups)):
-        lines.append("hf - other: head-forcing minus that setup at each length, and in the last column with its interval.")
+        lines.append("hf - other: head-forcing minus that setup at each length, in the last column with an interval.")
     return Text("\n".join(lines))
 
 

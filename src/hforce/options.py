@@ -36,7 +36,7 @@ Vae = Annotated[
 ]
 Plot = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw it, as PNG.")]
 PromptFile = Annotated[
-    str, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
+    str | None, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
 ]
 Frames = Annotated[
     int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")

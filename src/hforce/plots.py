@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hforce.cache.roles import HeadRecord, HeadRole, Profile, label
+from hforce.documents import write_bytes
 from hforce.errors import OutputError, UnavailableError, cannot_write
 
 if TYPE_CHECKING:
@@ -99,12 +100,12 @@ def plot(profile: Profile, path: Path) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG; its folder is made. Raises OutputError, PermissionDenied or WriteError."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="png", metadata={"Software": "hforce"})  # by which `check_result` knows it again
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.getvalue())
     except OSError as error:
         raise cannot_write(path, error) from error
+    write_bytes(path, picture.getvalue())
 
 
 def _scatter(axes: Axes, profile: Profile) -> None:

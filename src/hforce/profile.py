@@ -120,9 +120,9 @@ def read_prompts(path: str) -> tuple[str, ...]:
     source = path or resource("prompts/profile.txt")
     items = load_prompts(source)
     for item in items:
-        if len(item.shots) > 1 or item.seed is not None or item.seconds is not None:
+        if len(item.shots) > 1 or item.init or item.seed is not None or item.seconds is not None:
             mend = "give one prompt a line; seeds are set by profile.seeds, lengths by profile.mode"
-            raise DataError(f"{source}:{item.line}: a calibration prompt has no schedule, seed or duration", mend)
+            raise DataError(f"{source}:{item.line}: a calibration prompt has no schedule, seed, duration or init", mend)
     prompts = tuple(dict.fromkeys(item.shots[0].prompt for item in items))
     if len(prompts) < len(items):
         log.warning("%s: repeated prompts (%d) are measured once", source, len(items) - len(prompts))

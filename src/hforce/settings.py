@@ -139,9 +139,9 @@ def _budget(episodes: int, window: int) -> Mapping[str, Any]:
     })
 
 
-# Named bundles: what each changes in CacheConfig. "uniform" gives every head the mean budget of head-forcing as first and
-# newest frames, "uniform-memory" the same with episodes: so what roles bring and what episodes bring are told apart.
-# 15 % local 3, 25 % anchor 3 and 60 % memory 12 frames of the past are 8.4 in the mean (8.8 in the tiny model, which has
+# Named bundles: what each changes in CacheConfig. "uniform" gives every head the mean budget of head-forcing as first
+# and newest frames, "uniform-memory" the same with episodes: so what roles and what episodes bring are told apart.
+# 15 % local 3, 25 % anchor 3 and 60 % memory 12 frames of the past are 8.4 in the mean (8.8 in the tiny model, with
 # 35 % local heads and no anchors), rounded up in their favour.
 # The N of the budgets hf-N is that mean with the chunk of 3 itself; the defaults of head-forcing are those of hf-11.
 SETUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType({

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import signal
 import sys
@@ -11,7 +12,16 @@ from collections.abc import Callable
 import typer
 
 import hforce
-from hforce.errors import SMALLER, HforceError, InterruptedRun, RoomError, UsageError, is_out_of_memory
+from hforce.errors import (
+    FULL,
+    SMALLER,
+    HforceError,
+    InterruptedRun,
+    RoomError,
+    UsageError,
+    WriteError,
+    is_out_of_memory,
+)
 
 UNSEEN = "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of what follows
 GLOBAL = ("-q", "--quiet", "-v", "--verbose", "--debug")  # may stand before or after the command
@@ -42,6 +52,7 @@ def run(app: typer.Typer) -> int:
     rest = [a for a in sys.argv[1:] if a not in GLOBAL]
     try:
         code = app([*everywhere, *(rest or ["--help"])], prog_name="hforce", standalone_mode=False) or 0
+        sys.stdout.flush()
         return code if rest else UsageError.exit_code
     except HforceError as error:
         return fail(error)
@@ -58,6 +69,8 @@ def fail_otherwise(error: Exception) -> int:
     if hasattr(error, "format_message"):
         command = getattr(getattr(error, "ctx", None), "command_path", "hforce")
         return fail(UsageError(error.format_message(), f"{command} --help"))
+    if isinstance(error, OSError) and error.errno in FULL:  # files are written elsewhere: this was standard output
+        return fail(WriteError(f"writing to standard output failed: {error.strerror}", "free some space"))
     if is_out_of_memory(error):
         return fail(RoomError("out of memory", SMALLER))
     traceback.print_exception(error)
@@ -70,7 +83,9 @@ def start(app: typer.Typer) -> None:
     _on_signal(signal.SIGTERM, 75)
     _on_signal(signal.SIGINT, 130)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # paths that are no text come out as they went in
+        is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        # Paths that are no text come out as they went in; what an old encoding cannot say is told by its number.
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
     sys.exit(run(app))
 
 

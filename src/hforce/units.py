@@ -90,4 +90,7 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise UsageError(f"{text[:60]!r} is not an amount of memory", "write it with a unit: 8GiB, 7.5GB or 900MiB")
     unit = match["unit"].lower()
-    return int(float(match["count"]) * (1024 if "i" in unit else 1000) ** (1 + _POWERS.index(unit[0])))
+    amount = float(match["count"]) * (1024 if "i" in unit else 1000) ** (1 + _POWERS.index(unit[0]))
+    if not math.isfinite(amount):
+        raise UsageError(f"{text[:60]!r} is more memory than there can be")
+    return int(amount)

@@ -1,12 +1,13 @@
 """Video files: written while they are made, checked, and only then given their name."""
 
 import contextlib
+import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,19 +61,25 @@ class FfmpegSink:
     """An H.264 mp4 file, BT.709, byte for byte the same each time.
 
     Frames go to ffmpeg in a thread of their own, into a fragmented mp4 (`part_path`) that plays even after a crash.
-    On a clean end it is remuxed with its index in front, decoded and counted, and moved to `path`. On any error what
-    was encoded stays in the part file, which `kept` names. Raises UnavailableError without ffmpeg, OutputError where
-    nothing can be created, WriteError when ffmpeg fails, stalls or the count is wrong.
+    On a clean end it is remuxed with its index in front, decoded and counted, shown to `certify`, and moved to `path`:
+    what `certify` writes is on the disk before the video appears. On any error what was encoded stays in the part
+    file; `kept` names it, or the one of an earlier run if that is longer, which stays until a video is finished.
+    Raises UnavailableError without ffmpeg, OutputError where nothing can be created, where another process is writing
+    the same video, or, unless it `replaces`, where one is there; WriteError when ffmpeg fails, stalls or the count is
+    wrong.
     """
 
     patience = 120.0  # seconds that ffmpeg may take for one chunk, and for its end
 
     def __init__(self, path: Path | str, size: tuple[int, int], fps: int = 16, crf: int = 18, preset: str = "medium",
-                 expected: int | None = None) -> None:
+                 expected: int | None = None, replaces: bool = True,
+                 certify: Callable[[Path], None] | None = None) -> None:
         if size[0] % 2 or size[1] % 2:
             raise OutputError(f"cannot encode {size[0]}x{size[1]}: H.264 needs an even width and height")
         self.path = Path(os.path.abspath(path))
         self.part = part_path(self.path)
+        _, self.before = unfinished(self.path)
+        self.replaces, self.certify = replaces, certify
         self.size, self.fps, self.crf, self.preset, self.expected = size, fps, crf, preset, expected
         self._clock = ("-video_track_timescale", str(TICKS * fps))
         self.frames = 0
@@ -82,10 +89,24 @@ class FfmpegSink:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.part.parent.mkdir(parents=True, exist_ok=True)
-            self.part.unlink(missing_ok=True)  # never through a link that somebody left there
+            if self.part.is_symlink():
+                self.part.unlink()  # never through a link that somebody left there
+            old = self._claim()
+            if _size(self.part) > _size(self.before):
+                os.replace(self.part, self.before)
+                self._claimed = self._claim()
+                old.close()
+            else:
+                self._claimed = old
         except OSError as error:
             raise cannot_write(self.part, error) from error
-        self._encoder = Encoder(self._arguments(), self.part, self.patience)
+        try:
+            if self.path.exists() and not self.replaces:
+                raise OutputError(f"{self.path} was made meanwhile", "choose another output")
+            self._encoder = Encoder(self._arguments(), self.part, self.patience)
+        except BaseException:
+            self._let_go()
+            raise
         return self
 
     def write(self, frames: Any) -> None:
@@ -104,9 +125,33 @@ class FfmpegSink:
             if kind is None:
                 self._publish()
         finally:
-            self.kept = self.part if self.part.exists() and self.part.stat().st_size else None
-            if self.kept is None:
-                _discard(self.part)
+            self._let_go()
+
+    def _claim(self) -> IO[bytes]:
+        """The part file, opened and locked: nobody else writes this video until it is closed."""
+        file = self.part.open("ab")
+        with contextlib.suppress(ImportError):  # not every system has such locks
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise OutputError(f"another hforce is making {self.path}", "wait, or choose another output") from None
+            except OSError:  # nor every file system
+                return file
+            if not self.part.exists() or not os.path.samestat(os.fstat(file.fileno()), self.part.stat()):
+                file.close()  # whoever held it has finished meanwhile
+                raise OutputError(f"another hforce has just made {self.path}", "choose another output")
+        return file
+
+    def _let_go(self) -> None:
+        """Closes the part file, removes it where nothing is in it, and tells which one is worth keeping."""
+        self._claimed.close()
+        longest = max(self.part, self.before, key=_size)
+        self.kept = longest if _size(longest) else None
+        if not _size(self.part):
+            _discard(self.part)
 
     def _arguments(self) -> list[str]:
         width, height = self.size
@@ -131,6 +176,8 @@ class FfmpegSink:
                 raise WriteError(f"{self.path.name} holds {found} frames, {self.frames} were written",
                                  f"the file was not published; what there is: {self.part}")
             _sync(whole)
+            if self.certify:
+                self.certify(whole)
             os.replace(whole, self.path)
             with contextlib.suppress(OSError):  # not every system can do this to a folder
                 _sync(self.path.parent, os.O_RDONLY)
@@ -139,6 +186,12 @@ class FfmpegSink:
         finally:
             _discard(whole)
         _discard(self.part)
+        _discard(self.before)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def part_path(path: Path) -> Path:
@@ -146,6 +199,12 @@ def part_path(path: Path) -> Path:
     if path.parent.name == "videos":
         return path.parent.parent / "work" / f"{path.stem}.part.mp4"
     return path.with_name(f".{path.stem}.part.mp4")
+
+
+def unfinished(path: Path) -> tuple[Path, Path]:
+    """Where the unfinished video lies, and one that an earlier run left there."""
+    part = part_path(path)
+    return part, part.with_name(part.name.removesuffix(".part.mp4") + ".before.mp4")
 
 
 def preflight(*paths: Path | str) -> None:
@@ -163,7 +222,7 @@ def check_place(path: Path | str) -> None:
     path = Path(os.path.abspath(path))
     if path.is_dir():
         raise OutputError(f"cannot create {path}: it is a folder", "give the name of a file, or another name")
-    for folder in {path.parent, part_path(path).parent}:
+    for folder in {path.parent, part_path(path).parent if path.suffix.lower() == ".mp4" else path.parent}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -178,12 +237,8 @@ def upscale(frames: Any, factor: int) -> Frames:
     return array if factor == 1 else array.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def contact_sheet(frames: Sequence[tuple[float, Frames]], path: Path | str, columns: int) -> None:
-    """One PNG with pictures in rows of `columns`, each with its time: (seconds, uint8 [H, W, 3]), all of one size.
-
-    Raises OutputError, PermissionDenied or WriteError when the file cannot be written.
-    """
-    path = Path(path)
+def contact_sheet(frames: Sequence[tuple[float, Frames]], columns: int) -> bytes:
+    """A PNG with pictures in rows of `columns`, each with its time: (seconds, uint8 [H, W, 3]), all of one size."""
     height, width = frames[0][1].shape[:2]
     font = ImageFont.load_default(LABEL)
     rows = -(-len(frames) // columns)
@@ -195,14 +250,9 @@ def contact_sheet(frames: Sequence[tuple[float, Frames]], path: Path | str, colu
         top = GAP + number // columns * (height + LABEL + 2 * GAP)
         sheet.paste(Image.fromarray(np.ascontiguousarray(frame)), (left, top))
         draw.text((left, top + height + GAP // 2), f"{seconds:.1f} s", fill="black", font=font)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(draft, format="PNG")
-        os.replace(draft, path)
-    except OSError as error:
-        _discard(draft)
-        raise cannot_write(path, error) from error
+    png = io.BytesIO()
+    sheet.save(png, format="PNG")
+    return png.getvalue()
 
 
 def _discard(path: Path) -> None:

@@ -123,7 +123,8 @@ def label(
     Anchor are the heads with the most mass on the sink, local those of the rest with the most on the current chunk,
     memory all others. With threshold "quantile", `anchor` is a share of all heads and `local` one of the rest; ties
     go to the lower (layer, head). With "absolute", they are the masses to exceed. Either way 0 asks for none. Raises
-    DataError when a mass is not finite. Source: Head Forcing (arXiv 2605.14487) as others read it; quantiles keep the budget fixed.
+    DataError when a mass is not finite. Source: Head Forcing (arXiv 2605.14487) as others read it; quantiles keep the
+    budget fixed.
     """
     anchors, locals_ = _cut_twice(sink, current, anchor, local, threshold)
     roles = dict.fromkeys(_by_place(sink), HeadRole.MEMORY)

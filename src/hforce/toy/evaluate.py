@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from hforce.build import build_backbone, build_plan, build_script, build_stream
 from hforce.config import load_config
 from hforce.decoding import decoded, to_bytes
+from hforce.documents import write_bytes
 from hforce.models.base import Backbone
 from hforce.prompts import Shot
 from hforce.settings import Config
@@ -123,7 +124,8 @@ def sheet(videos: Sequence[Video], path: Path, moments: int = 8) -> None:
     for video in videos:
         for i in np.linspace(0, len(video) - 1, moments).round().astype(int):
             pictures.append((i / FPS, video[i].repeat(2, axis=0).repeat(2, axis=1)))
-    contact_sheet(pictures, path, moments)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, contact_sheet(pictures, moments))
 
 
 def curves(log_file: Path) -> Iterator[tuple[str, list[float], list[float]]]:

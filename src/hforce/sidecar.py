@@ -1,0 +1,103 @@
+"""The sidecar of a video: what it was made from, and whether it is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import hforce
+from hforce.build import build_roles, effective
+from hforce.documents import file_digest, read_document, write_bytes, write_document
+from hforce.errors import DataError, OutputError
+from hforce.models.base import Described
+from hforce.settings import Config
+
+if TYPE_CHECKING:
+    from hforce.generate import Job, Target
+
+KIND = "hforce.video/1"
+MOST_BYTES = 64 << 20
+
+Parts = tuple[dict[str, Any], dict[str, Any]]
+
+
+def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
+    """Everything needed to make the same video again: the sidecar without its result."""
+    starts = [sum(job.plan.chunks[:i]) for i in range(len(job.shots))]
+    schedule = [
+        {"chunk": start, "prompt": shot.prompt, "reads": backbone.encode_text.reads(shot.prompt)}
+        for start, shot in zip(starts, job.shots, strict=True)
+    ]
+    family, recipe = backbone.family, asdict(effective(config.sample, backbone.family))
+    seen = {name: recipe.pop(name) for name in ("window", "sink")}
+    opening = job.opening
+    init = opening and {**asdict(opening.init), "sha256": opening.sha256, "latents": job.plan.given}
+    # How the files came here and what was held in memory say nothing of the video.
+    model = replace(config.model, offline=False, memory="auto", memory_limit="")
+    settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
+    return {
+        "kind": KIND,
+        "schedule": schedule,
+        "init": init,
+        "seed": job.seed,
+        "frames": job.plan.frames,
+        "chunks": job.plan.total,
+        "size": list(backbone.size),
+        "video": asdict(config.video),
+        **settings,
+        "heads": list(build_roles(config.cache, backbone).letters()),
+        "fingerprint": backbone.fingerprint,
+        "release": {"name": family.name if family else "", **seen},
+        "versions": {"hforce": hforce.__version__, "torch": torch.__version__},
+    }
+
+
+def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
+    """Whether the video is there, whole and made by the same settings.
+
+    Raises OutputError where something is there that may not be touched, DataError for a sidecar that is none.
+    """
+    target = job.target
+    if on_exists == "overwrite":
+        return False
+    recipe, result = _read(target.sidecar) if target.sidecar.exists() else ({}, {})
+    is_same = recipe == json.loads(json.dumps(wanted))
+    if on_exists == "skip" and is_same and target.video.exists() and result.get("sha256") == file_digest(target.video):
+        return True
+    shown = target.sheet if wanted["video"]["contact_sheet"] and target.sheet.exists() else None
+    is_foreign = shown and result.get("sheet_sha256") != file_digest(shown)
+    if target.video.exists() or is_foreign:
+        raise OutputError(
+            f"{target.video if target.video.exists() else shown} exists and was not made by this very command",
+            "choose another output, or use --on-exists overwrite",
+        )
+    return False
+
+
+def certify(video: Path, target: Target, recipe: dict[str, Any], outcome: dict[str, Any], sheet: bytes | None) -> None:
+    """Writes the sidecar of a finished video, and its contact sheet, if there is one, before it gets its name.
+
+    Whatever happens then, what lies there can be told from what is not ours.
+    """
+    shown = {"sheet_sha256": hashlib.sha256(sheet).hexdigest()} if sheet is not None else {}
+    result = {**outcome, "sha256": file_digest(video), **shown}
+    write_document(target.sidecar, json.dumps({**recipe, "result": result}, indent=1) + "\n")
+    if sheet is not None:
+        write_bytes(target.sheet, sheet)
+
+
+def _read(path: Path) -> Parts:
+    """What a video was made from, and what became of it. Raises DataError when the file does not hold this."""
+    try:
+        found = json.loads(read_document(path, MOST_BYTES))
+        result = found.pop("result")
+        if not found["kind"].startswith("hforce.video/") or not isinstance(result, dict):
+            raise ValueError("of another kind")
+        return found, result
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        raise DataError(f"{path} is no sidecar of hforce", "remove it, or use --on-exists overwrite") from error
