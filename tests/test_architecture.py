@@ -16,7 +16,7 @@ TREES = {name: ast.parse((SOURCE / name).read_text(encoding="utf-8")) for name i
 
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 MAY_IMPORT_CONFIG = {"cli.py", "generate.py", "dry_run.py", "profile.py", "bench.py", "bench_kernels.py", "length.py",
-                     "build.py", "toy/train.py", "toy/evaluate.py", "toy/heads.py"}  # fmt: skip
+                     "build.py", "sidecar.py", "toy/train.py", "toy/evaluate.py", "toy/heads.py"}  # fmt: skip
 KERNEL, BACKENDS = "attention/triton_kernel.py", "attention/backends.py"
 HEAVY = {"torch", "transformers", "diffusers", "matplotlib", "triton"}
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}

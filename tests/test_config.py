@@ -73,9 +73,24 @@ def test_a_setup_is_a_bundle_and_explicit_settings_win(tmp_path):
     assert config.cache.roles == "inverse"
 
 
-def test_the_setup_wins_over_the_order_in_which_it_was_named(tmp_path):
-    file = written(tmp_path, "cache: {memory: {options: {window: 4}}}\n")
-    assert load_config(files=[file], overrides=["cache.setup=sink"]).cache.memory == RolePolicy("sink", {"window": 4})
+def test_the_setup_is_applied_before_what_is_set_beside_it(tmp_path):
+    typed = ["cache.memory.options.window=4", "cache.setup=sink"]
+    assert load_config(overrides=typed).cache.memory == RolePolicy("sink", {"window": 4})
+    file = written(tmp_path, "cache: {memory: {options: {window: 4}}, setup: sink}\n")
+    assert load_config(files=[file]).cache.memory == RolePolicy("sink", {"window": 4})
+
+
+@pytest.mark.parametrize("first", SETUPS)
+@pytest.mark.parametrize("then", ["head-forcing", "window", "random", "hf-10"])
+def test_a_setup_on_the_command_line_wins_over_a_file_in_which_everything_is_set(tmp_path, first, then):
+    file = written(tmp_path, describe(load_config(overrides=[f"cache.setup={first}", "video.crf=30"])))
+    changed = load_config(files=[file], flags={"cache.setup": then})
+    assert changed == load_config(overrides=[f"cache.setup={then}", "video.crf=30"])
+
+
+def test_a_flag_is_taken_as_it_is():
+    for text in ("🦊 愛.png", "a${b}.png", "a'b\"c\\d.png", "f\udcff.png", "${oc.env:HOME}", "1e3", "null"):
+        assert load_config(flags={"video.init_image": text}).video.init_image == text
 
 
 @pytest.mark.parametrize("setup", SETUPS)

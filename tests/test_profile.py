@@ -387,7 +387,7 @@ def test_prompts_are_packaged() -> None:
         (
             "seed.jsonl",
             '{"prompt": "a red circle"}\n{"prompt": "a blue circle", "seed": 3}\n',
-            ":2: .* seed or duration",
+            ":2: .* seed, duration or init",
         ),
     ],
 )

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from hforce import progress
 from hforce.build import Plan
-from hforce.generate import Job, Progress, Target
+from hforce.generate import Progress
 from hforce.progress import CountProgress, VideoProgress, show_table
 from hforce.prompts import Item
+from hforce.sidecar import Job, Target
 
 
 class Terminal(io.StringIO):

@@ -114,7 +114,7 @@ def generate(
         raise UsageError(f"--on-exists {on_exists!r}: expected skip, overwrite or error")
     items = _items(prompt or [], prompt_file, settings)
     if dry_run:
-        _rehearse(settings, items, output, config)
+        _rehearse(settings, items, output, on_exists, config)
     from hforce import generate as verb
     from hforce.progress import VideoProgress
 
@@ -261,12 +261,14 @@ def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] 
         raise UsageError(told, error.mend) from error
 
 
-def _rehearse(settings: Config, items: list[Item], output: Path, files: list[Path] | None) -> NoReturn:
+def _rehearse(
+    settings: Config, items: list[Item], output: Path, on_exists: str, files: list[Path] | None
+) -> NoReturn:
     """Prints what would be made, and ends: as a run that is refused for want of memory, if it would be."""
     from hforce import dry_run
 
     with _blame(files):
-        found = dry_run.run(settings, items, output)
+        found = dry_run.run(settings, items, output, on_exists)
     typer.echo(found.text)
     raise typer.Exit(0 if found.fits else RoomError.exit_code)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from hforce import memory
 from hforce.build import build_blueprint, build_policy, build_roles, effective
-from hforce.generate import Job, choose_targets, find_openings, plan_jobs, plan_memory
+from hforce.generate import choose_targets, choose_wanted, find_openings, plan_jobs, plan_memory
 from hforce.memory import gib
 from hforce.models.base import Blueprint
 from hforce.models.families import Family
 from hforce.prompts import Item
 from hforce.settings import Config
+from hforce.sidecar import Job
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,18 @@ class Told:
     fits: bool
 
 
-def run(config: Config, items: Sequence[Item], output: Path) -> Told:
+def run(config: Config, items: Sequence[Item], output: Path, on_exists: str) -> Told:
     """Looks at the files of a model and plans its videos. Raises HforceError as `generate.run` would."""
     targets, openings = choose_targets(items, output), find_openings(config.video, items)
     blueprint = build_blueprint(config)
-    jobs = plan_jobs(config, blueprint, items, openings, targets)
+    jobs = plan_jobs(config, blueprint, items, openings, targets, on_exists == "overwrite")
+    wanted = choose_wanted(config, blueprint, jobs, on_exists)
     plan, available = plan_memory(config, blueprint, jobs)
     chunks = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
     fits = available is None or plan.peak <= available
     lines = [
         *_model(blueprint), *_sampling(config, blueprint.family), *_cache(config, blueprint, chunks),
-        *map(_video, jobs), "", *_table(plan), *_verdict(blueprint, plan, available),
+        *(_video(job, job in wanted) for job in jobs), "", *_table(plan), *_verdict(blueprint, plan, available),
     ]  # fmt: skip
     return Told("\n".join(lines), fits)
 
@@ -84,11 +86,11 @@ def _cache(config: Config, blueprint: Blueprint, chunks: int) -> list[str]:
     return lines
 
 
-def _video(job: Job) -> str:
+def _video(job: Job, is_wanted: bool) -> str:
     many = f", {len(job.shots)} prompts" if len(job.shots) > 1 else ""
     begin = f", from {job.opening.init.path} (latent frames given: {job.plan.given})" if job.opening else ""
     made = f"{job.plan.frames} video frames, {job.plan.total} chunks to make"
-    return f"output       {job.target.video}: {made}{many}{begin}"
+    return f"output       {job.target.video}: {made}{many}{begin}" + ("" if is_wanted else "; there already")
 
 
 def _table(plan: memory.Plan) -> list[str]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hforce import memory
 from hforce.build import (
-    Plan,
     build_blueprint,
     build_memory,
     build_plan,
@@ -30,36 +29,14 @@ from hforce.errors import HforceError, InterruptedRun, OutputError, RoomError, m
 from hforce.memory import Mode, check, gib
 from hforce.models.base import Backbone, Blueprint, Described
 from hforce.opening import Opening, check_kept, examine, read_opening
-from hforce.prompts import Init, Item, Shot, file_stem
+from hforce.prompts import Init, Item, file_stem
 from hforce.settings import Config, VideoConfig
-from hforce.sidecar import certify, is_done, record
+from hforce.sidecar import Job, Target, certify, is_done, record
 from hforce.video import FfmpegSink, contact_sheet, preflight, unfinished, upscale
 
 log = logging.getLogger(__name__)
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where one video and what belongs to it go."""
-
-    video: Path
-    sidecar: Path
-    sheet: Path
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video to make, from nothing or from an `opening`."""
-
-    item: Item
-    shots: tuple[Shot, ...]
-    plan: Plan
-    seed: int
-    target: Target
-    opening: Opening | None = None
-    replaces: bool = False  # a video that is there
 
 
 @dataclass(frozen=True)
@@ -95,15 +72,11 @@ def run(
     config = replace(config, model=pin_model(config.model))
     blueprint = build_blueprint(config)
     blueprint.check_packages()
-    jobs = plan_jobs(config, blueprint, items, openings, targets)
+    jobs = plan_jobs(config, blueprint, items, openings, targets, on_exists == "overwrite")
     missing = [job for job in jobs if on_exists == "overwrite" or not job.target.video.exists()]
     planned = choose_plan(config, blueprint, missing) if missing else None
-    done = [is_done(job, record(config, blueprint, job), on_exists) for job in jobs]
-    result = Result(skipped=[job.target for job, is_there in zip(jobs, done, strict=True) if is_there])
-    replaces = on_exists == "overwrite"
-    wanted = [replace(job, replaces=replaces) for job, is_there in zip(jobs, done, strict=True) if not is_there]
-    written = [path for job in wanted for path in outputs(job.target, config.video)]
-    check_kept([job.opening for job in wanted if job.opening], written)
+    wanted = choose_wanted(config, blueprint, jobs, on_exists)
+    result = Result(skipped=[job.target for job in jobs if job not in wanted])
     if not planned:
         return result
     prompts = [shot.prompt for job in wanted for shot in job.shots]
@@ -121,6 +94,14 @@ def run(
             if len(jobs) > 1:
                 log.error("%s: %s", job.target.video.name, error)
     return result
+
+
+def choose_wanted(config: Config, model: Described, jobs: Sequence[Job], on_exists: str) -> list[Job]:
+    """The jobs whose videos are not there yet. Raises OutputError where one would replace what it must not."""
+    wanted = [job for job in jobs if not is_done(job, record(config, model, job), on_exists)]
+    written = [path for job in wanted for path in outputs(job.target, config.video)]
+    check_kept([job.opening for job in wanted if job.opening], written)
+    return wanted
 
 
 def choose_plan(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> memory.Plan:
@@ -229,11 +210,12 @@ def plan_jobs(
     items: Sequence[Item],
     openings: Sequence[Opening | None],
     targets: Sequence[Target],
+    replaces: bool,
 ) -> list[Job]:
     """The job of every item. Raises what `check_cache` and `plan_job` raise."""
     check_cache(config.cache, model)
     parts = zip(items, openings, targets, strict=True)
-    return [plan_job(config, model, item, opening, target) for item, opening, target in parts]
+    return [replace(plan_job(config, model, *part), replaces=replaces) for part in parts]
 
 
 def plan_job(config: Config, backbone: Described, item: Item, opening: Opening | None, target: Target) -> Job:

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import hforce
-from hforce.build import build_roles, effective
+from hforce.build import Plan, build_roles, effective
 from hforce.documents import file_digest, read_document, write_bytes, write_document
-from hforce.errors import DataError, OutputError
+from hforce.errors import DataError, HforceError, OutputError
 from hforce.models.base import Described
+from hforce.opening import Opening
+from hforce.prompts import Item, Shot
 from hforce.settings import Config
-
-if TYPE_CHECKING:
-    from hforce.generate import Job, Target
 
 KIND = "hforce.video/1"
 MOST_BYTES = 64 << 20
 
 Parts = tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one video and what belongs to it go."""
+
+    video: Path
+    sidecar: Path
+    sheet: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make, from nothing or from an `opening`."""
+
+    item: Item
+    shots: tuple[Shot, ...]
+    plan: Plan
+    seed: int
+    target: Target
+    opening: Opening | None = None
+    replaces: bool = False  # a video that is there
 
 
 def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
@@ -87,8 +108,13 @@ def certify(video: Path, target: Target, recipe: dict[str, Any], outcome: dict[s
     shown = {"sheet_sha256": hashlib.sha256(sheet).hexdigest()} if sheet is not None else {}
     result = {**outcome, "sha256": file_digest(video), **shown}
     write_document(target.sidecar, json.dumps({**recipe, "result": result}, indent=1) + "\n")
-    if sheet is not None:
+    if sheet is None:
+        return
+    try:
         write_bytes(target.sheet, sheet)
+    except HforceError:
+        target.sidecar.unlink()  # of a video that will not be there
+        raise
 
 
 def _read(path: Path) -> Parts:
