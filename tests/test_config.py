@@ -89,7 +89,8 @@ def test_a_setup_on_the_command_line_wins_over_a_file_in_which_everything_is_set
 
 
 def test_a_flag_is_taken_as_it_is():
-    for text in ("🦊 愛.png", "a${b}.png", "a'b\"c\\d.png", "f\udcff.png", "${oc.env:HOME}", "1e3", "null"):
+    odd = ("🦊 愛.png", "a'b\"c\\d.png", "f\udcff.png", "1e3", "null")
+    for text in (*odd, "a${b}.png", "${oc.env:HOME}", "\\${b}", "\\\\${b}"):
         assert load_config(flags={"video.init_image": text}).video.init_image == text
 
 

@@ -22,6 +22,7 @@ from hforce.settings import EAGER, OWN, SETUPS, SUITES, CacheConfig, Config
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
 
 COMMAND_LINE = "--set"
+_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that is not escaped
 _BUNDLES = (("cache", "setup", SETUPS), ("bench", "suite", SUITES))
 
 
@@ -183,8 +184,8 @@ def _override_settings(text: str) -> list[Setting]:
 
 
 def _as_it_is(value: Any) -> Any:
-    """A value in which OmegaConf finds no reference."""
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    """A value in which OmegaConf finds no reference: backslashes before one escape it, and each other."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _parse(text: str, name: str) -> Iterator[tuple[str, Any]]:
@@ -243,14 +244,14 @@ def _apply(tree: DictConfig, setting: Setting) -> tuple[str, str] | None:
 def _has_resolver(value: Any) -> bool:
     if isinstance(value, list | dict):
         return any(_has_resolver(item) for item in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", value)
+    return isinstance(value, str) and _REFERENCE.search(re.sub(r"(?<!\\)\$\{[\w.]+\}", "", value)) is not None
 
 
 def _broken_references(tree: DictConfig, settings: Iterable[Setting]) -> list[tuple[str, str]]:
     faults = []
     for setting in settings:
         try:
-            if "${" in str(setting.value):
+            if _REFERENCE.search(str(setting.value)):
                 OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.select(tree, setting.path)}), resolve=True)
         except (OmegaConfBaseException, RecursionError):
             faults.append((setting.origin, f"{setting.path}: the reference {str(setting.value)[:60]!r} leads nowhere"))

@@ -98,7 +98,7 @@ def run(
 
 def choose_wanted(config: Config, model: Described, jobs: Sequence[Job], on_exists: str) -> list[Job]:
     """The jobs whose videos are not there yet. Raises OutputError where one would replace what it must not."""
-    wanted = [job for job in jobs if not is_done(job, record(config, model, job), on_exists)]
+    wanted = [job for job in jobs if not is_done(config, model, job, on_exists)]
     written = [path for job in wanted for path in outputs(job.target, config.video)]
     check_kept([job.opening for job in wanted if job.opening], written)
     return wanted

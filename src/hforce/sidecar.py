@@ -78,7 +78,7 @@ def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
     }
 
 
-def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
+def is_done(config: Config, backbone: Described, job: Job, on_exists: str) -> bool:
     """Whether the video is there, whole and made by the same settings.
 
     Raises OutputError where something is there that may not be touched, DataError for a sidecar that is none.
@@ -87,10 +87,10 @@ def is_done(job: Job, wanted: dict[str, Any], on_exists: str) -> bool:
     if on_exists == "overwrite":
         return False
     recipe, result = _read(target.sidecar) if target.sidecar.exists() else ({}, {})
-    is_same = recipe == json.loads(json.dumps(wanted))
-    if on_exists == "skip" and is_same and target.video.exists() and result.get("sha256") == file_digest(target.video):
+    is_whole = target.video.exists() and result.get("sha256") == file_digest(target.video)
+    if on_exists == "skip" and is_whole and recipe == json.loads(json.dumps(record(config, backbone, job))):
         return True
-    shown = target.sheet if wanted["video"]["contact_sheet"] and target.sheet.exists() else None
+    shown = target.sheet if config.video.contact_sheet and target.sheet.exists() else None
     is_foreign = shown and result.get("sheet_sha256") != file_digest(shown)
     if target.video.exists() or is_foreign:
         raise OutputError(
