@@ -152,6 +152,37 @@ def test_a_list_of_which_some_fail_ends_with_1(generate, weights, tmp_path):
     assert "1 of 2 videos failed" in done.err
 
 
+@pytest.mark.parametrize("verb", [("profile", "-o"), ("profile", "--plot"), ("bench", "--json"), ("bench", "--plot")])
+def test_results_replace_neither_what_is_read_nor_what_is_not_ours(command, tmp_path, verb):
+    prompts = tmp_path / "prompts.png"
+    (tmp_path / "p.txt").write_text("a red circle\na blue square")
+    prompts.write_text("a red circle\na blue square")
+    (tmp_path / "link.png").symlink_to("p.txt")
+    command(verb[0], "-f", "p.txt", verb[1], "link.png").fails(73, "is read or written by the same command")
+    command(verb[0], "-f", "p.txt", verb[1], prompts).fails(73, "exists and was not written by hforce")
+    assert prompts.read_text() == "a red circle\na blue square"
+
+
+def test_moments_are_counted_in_the_chunks_that_are_set(generate, tmp_path):
+    schedule = [{"at": "0s", "prompt": "a red circle"}, {"at": "4c", "prompt": "a blue square"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"duration": "2s", "schedule": schedule}))
+    assert generate("-f", "p.jsonl", "--set", "sample.chunk=1", "-o", "a.mp4").code == 0
+    schedule = json.loads((tmp_path / "a.mp4.json").read_text())["schedule"]
+    assert [shot["chunk"] for shot in schedule] == [0, 4]
+
+
+def test_a_file_of_prompts_that_has_no_name_is_not_the_demo(generate):
+    generate("-f", "", "--dry-run").fails(2, "--prompt-file names no file")
+
+
+def test_a_dry_run_is_refused_where_the_run_would_be(generate, tmp_path):
+    (tmp_path / "a.mp4").write_text("precious")
+    generate("-p", PROMPT, "-o", "a.mp4", "--dry-run").fails(73, "exists and was not made by this very command")
+    assert generate("-p", PROMPT, "-o", "b.mp4").code == 0
+    assert "b.mp4: 21 video frames" in generate("-p", PROMPT, "-o", "b.mp4", "--dry-run").out
+    assert "; there already" in generate("-p", PROMPT, "-o", "b.mp4", "--dry-run").out
+
+
 # In a process of its own
 
 
@@ -182,6 +213,28 @@ def test_a_stopped_run_keeps_what_it_made(weights, heads, tmp_path):
         assert frames_of(part) > 9
         assert not list((tmp_path / number.name / "videos").iterdir())
         assert not list((tmp_path / number.name / "meta").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_benchmark_says_so_with_the_code_of_the_signal(weights, heads, tmp_path, number):
+    options = ("-m", weights, "--set", f"cache.profile={heads}", "--setups", "window", "-d", "24h")
+    process = start("bench", *options, "--json", tmp_path / "b.json")
+    while b"benchmark" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    assert (err.decode().splitlines()[-1], out) == ("  hint: run the same command again", b"")
+    assert f"stopped by signal {number.name}" in err.decode()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_an_output_that_is_full_is_told():
+    with Path("/dev/full").open("wb") as full:
+        process = start("generate", "--print-config", stdout=full.fileno())
+        told = process.communicate()[1].decode()
+    assert told.startswith("hforce: error: writing to standard output failed: No space left on device")
+    assert process.returncode == 74
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from hforce import generate
 from hforce.build import build_backbone, build_plan, build_script, build_stream
+from hforce.cache.roles import HeadRole, load_profile, save_profile
 from hforce.config import load_config
 from hforce.decoding import decoded, read_ahead, to_bytes
-from hforce.errors import DataError, HforceError, OutputError, WriteError
+from hforce.errors import DataError, HforceError, InterruptedRun, OutputError, WriteError
 from hforce.generate import Progress, Result, Sheet, choose_targets
 from hforce.models.taehv import TAEHV, TaehvCodec, TaehvConfig
 from hforce.models.tiny import WORD_INDEX, WordEncoder
@@ -338,6 +340,50 @@ def test_a_video_made_by_the_same_settings_is_skipped(settings, tmp_path):
     assert [target.video for target in result.skipped] == [path]
     assert not result.made
     assert path.stat().st_mtime_ns == before
+
+
+def test_other_roles_of_the_same_profile_file_make_another_video(settings, heads, tmp_path):
+    """Only the path of the profile used to be recorded."""
+    profile, mine = load_profile(heads), tmp_path / "mine.json"
+    save_profile(profile, mine)
+    config = settings(f"cache.profile={mine}")
+    made = make(config, tmp_path).made
+    assert make(config, tmp_path, on_exists="skip").skipped == made
+    others = tuple(head.model_copy(update={"role": HeadRole.LOCAL}) for head in profile.heads)
+    save_profile(profile.model_copy(update={"heads": others}), mine)
+    with pytest.raises(OutputError, match="was not made by this very command"):
+        make(config, tmp_path, on_exists="skip")
+
+
+@pytest.mark.parametrize("last", ["hforce.sidecar.write_document", "hforce.sidecar.write_bytes"])
+def test_a_run_that_is_stopped_while_its_files_get_their_names_goes_on_the_next_time(settings, tmp_path, last):
+    """Once the sidecar is there, or the contact sheet, too, but the video is not."""
+    module, _, name = last.rpartition(".")
+    write = getattr(sys.modules[module], name)
+
+    def stop(*written: object) -> None:
+        write(*written)
+        raise InterruptedRun("stopped", 130)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(last, stop)
+        ((target, error),) = make(settings(), tmp_path).failed
+    assert isinstance(error, InterruptedRun)
+    assert not target.video.exists()
+    assert make(settings(), tmp_path, on_exists="skip").made == [target]
+    assert make(settings(), tmp_path, on_exists="skip").skipped == [target]
+
+
+@pytest.mark.parametrize("on_exists", ["skip", "error"])
+def test_a_picture_that_takes_the_place_of_a_sheet_is_spared(settings, tmp_path, on_exists):
+    """Although there is a sidecar: the one of a video that was moved away."""
+    target = make(settings("video.contact_sheet=false"), tmp_path).made[0]
+    target.video.unlink()
+    target.sheet.write_text("precious")
+    with pytest.raises(OutputError, match="exists and was not made by this very command"):
+        make(settings(), tmp_path, on_exists=on_exists)
+    assert target.sheet.read_text() == "precious"
+    assert make(settings("video.contact_sheet=false"), tmp_path, on_exists=on_exists).made == [target]
 
 
 @pytest.mark.parametrize("on_exists", ["skip", "error"])

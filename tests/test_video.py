@@ -157,6 +157,50 @@ def test_after_an_error_the_chunks_already_made_are_kept(tmp_path, error):
     assert not sink.kept.exists()
 
 
+def stopped_after(chunks, path):
+    """A sink whose run ended with an error after so many chunks of 12 frames."""
+    with pytest.raises(RuntimeError), FfmpegSink(path, SIZE) as sink:
+        for number in range(chunks):
+            sink.write(moving(12, 12 * number))
+        raise RuntimeError
+    return sink
+
+
+@pytest.mark.parametrize("order", [(3, 1), (1, 3), (3, 1, 2), (3, 0)])
+def test_the_longest_unfinished_video_is_kept_until_one_is_finished(tmp_path, order):
+    for chunks in order:
+        sink = stopped_after(chunks, tmp_path / "a.mp4")
+    assert count_frames(sink.kept) == 36
+    make(tmp_path / "a.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_video_is_made_by_one_process_at_a_time(tmp_path):
+    with FfmpegSink(tmp_path / "a.mp4", SIZE) as sink:
+        sink.write(moving(12))
+        with pytest.raises(OutputError, match="another hforce is making"), FfmpegSink(tmp_path / "a.mp4", SIZE):
+            pytest.fail("two of them")
+        make(tmp_path / "b.mp4")
+        sink.write(moving(12, 12))
+    assert count_frames(tmp_path / "a.mp4") == 24
+    make(tmp_path / "a.mp4")  # the lock is gone
+
+
+def test_a_video_that_was_made_meanwhile_is_left_alone(tmp_path):
+    make(tmp_path / "a.mp4")
+    before = (tmp_path / "a.mp4").read_bytes()
+    with pytest.raises(OutputError, match="was made meanwhile"):
+        make(tmp_path / "a.mp4", replaces=False)
+    assert (tmp_path / "a.mp4").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_what_certifies_a_video_is_written_before_it_has_its_name(tmp_path):
+    seen = []
+    make(tmp_path / "a.mp4", certify=lambda whole: seen.append((count_frames(whole), (tmp_path / "a.mp4").exists())))
+    assert seen == [(60, False)]
+
+
 def test_an_older_video_survives_a_failed_run(tmp_path):
     make(tmp_path / "a.mp4")
     before = (tmp_path / "a.mp4").read_bytes()

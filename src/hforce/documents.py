@@ -72,10 +72,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # no draft, or no way to it: the caller hears why
             draft.unlink()
-        raise cannot_write(path, error) from error
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
 
 
 def check_result(path: str | Path, others: Iterable[str | Path] = ()) -> None:

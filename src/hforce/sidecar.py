@@ -13,7 +13,7 @@ import torch
 import hforce
 from hforce.build import Plan, build_roles, effective
 from hforce.documents import file_digest, read_document, write_bytes, write_document
-from hforce.errors import DataError, HforceError, OutputError
+from hforce.errors import DataError, OutputError, WriteError
 from hforce.models.base import Described
 from hforce.opening import Opening
 from hforce.prompts import Item, Shot
@@ -112,7 +112,7 @@ def certify(video: Path, target: Target, recipe: dict[str, Any], outcome: dict[s
         return
     try:
         write_bytes(target.sheet, sheet)
-    except HforceError:
+    except (OutputError, WriteError):
         target.sidecar.unlink()  # of a video that will not be there
         raise
 
