@@ -128,21 +128,24 @@ class FfmpegSink:
             self._let_go()
 
     def _claim(self) -> IO[bytes]:
-        """The part file, opened and locked: nobody else writes this video until it is closed."""
+        """The part file, opened and locked: nobody else writes this video until it is closed.
+
+        Where the system or the file system has no such locks, nothing is held.
+        """
         file = self.part.open("ab")
-        with contextlib.suppress(ImportError):  # not every system has such locks
+        try:
             import fcntl
 
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise OutputError(f"another hforce is making {self.path}", "wait, or choose another output") from None
-            except OSError:  # nor every file system
-                return file
-            if not self.part.exists() or not os.path.samestat(os.fstat(file.fileno()), self.part.stat()):
-                file.close()  # whoever held it has finished meanwhile
-                raise OutputError(f"another hforce has just made {self.path}", "choose another output")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise OutputError(f"another hforce is making {self.path}", "wait, or choose another output") from None
+        except (ImportError, OSError):
+            file.close()
+            return file
+        if not self.part.exists() or not os.path.samestat(os.fstat(file.fileno()), self.part.stat()):
+            file.close()  # whoever held it has finished meanwhile
+            raise OutputError(f"another hforce has just made {self.path}", "choose another output")
         return file
 
     def _let_go(self) -> None:
