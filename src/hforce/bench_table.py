@@ -13,7 +13,7 @@ from hforce.bench_report import BenchResult, Row, steady
 
 SHOWN_DRIFT = ("one_object", "motion_right", "ground_error")  # what plain caches lose first
 MB, GIGA, TERA = 1e6, 1e9, 1e12
-LARGE = 999.95  # from here the table rounds to whole numbers
+LARGE = 99.95  # from here the table rounds to whole numbers
 MANY_STEADY = 30  # chunks from which percentiles say something
 
 Column = tuple[str, str, Callable[[Row], float | None]]
