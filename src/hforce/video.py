@@ -143,18 +143,22 @@ class FfmpegSink:
         except (ImportError, OSError):
             file.close()
             return file
-        if not self.part.exists() or not os.path.samestat(os.fstat(file.fileno()), self.part.stat()):
+        if not self._is_here(file):
             file.close()  # whoever held it has finished meanwhile
             raise OutputError(f"another hforce has just made {self.path}", "choose another output")
         return file
 
     def _let_go(self) -> None:
         """Closes the part file, removes it where nothing is in it, and tells which one is worth keeping."""
-        self._claimed.close()
         longest = max(self.part, self.before, key=_size)
         self.kept = longest if _size(longest) else None
-        if not _size(self.part):
+        if not _size(self.part) and self._is_here(self._claimed):
             _discard(self.part)
+        self._claimed.close()
+
+    def _is_here(self, file: IO[bytes]) -> bool:
+        """Whether the part file is still the one that was claimed, and not of somebody who came later."""
+        return file.closed or (self.part.exists() and os.path.samestat(os.fstat(file.fileno()), self.part.stat()))
 
     def _arguments(self) -> list[str]:
         width, height = self.size
