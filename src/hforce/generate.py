@@ -80,6 +80,8 @@ def run(
     if not planned:
         return result
     prompts = [shot.prompt for job in wanted for shot in job.shots]
+    for prompt in dict.fromkeys(prompts):
+        blueprint.encode_text.reads(prompt)  # raises where one says nothing to the model
     studio = Studio(blueprint, prompts, planned, planned.mode, may_lighten=config.model.memory == "auto")
     studio.open()
     for job in wanted:
