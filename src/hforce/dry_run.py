@@ -30,13 +30,14 @@ def run(config: Config, items: Sequence[Item], output: Path, on_exists: str) -> 
     targets, openings = choose_targets(items, output), find_openings(config.video, items)
     blueprint = build_blueprint(config)
     jobs = plan_jobs(config, blueprint, items, openings, targets, on_exists == "overwrite")
-    wanted = choose_wanted(config, blueprint, jobs, on_exists)
+    wanted = {job.target.video for job in choose_wanted(config, blueprint, jobs, on_exists)}
     plan, available = plan_memory(config, blueprint, jobs)
     chunks = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
     fits = available is None or plan.peak <= available
     lines = [
         *_model(blueprint), *_sampling(config, blueprint.family), *_cache(config, blueprint, chunks),
-        *(_video(job, job in wanted) for job in jobs), "", *_table(plan), *_verdict(blueprint, plan, available),
+        *(_video(job, job.target.video in wanted) for job in jobs), "",
+        *_table(plan), *_verdict(blueprint, plan, available),
     ]  # fmt: skip
     return Told("\n".join(lines), fits)
 

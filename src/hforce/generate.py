@@ -76,7 +76,8 @@ def run(
     missing = [job for job in jobs if on_exists == "overwrite" or not job.target.video.exists()]
     planned = choose_plan(config, blueprint, missing) if missing else None
     wanted = choose_wanted(config, blueprint, jobs, on_exists)
-    result = Result(skipped=[job.target for job in jobs if job not in wanted])
+    to_make = {job.target.video for job in wanted}
+    result = Result(skipped=[job.target for job in jobs if job.target.video not in to_make])
     if not planned:
         return result
     prompts = [shot.prompt for job in wanted for shot in job.shots]

@@ -96,9 +96,10 @@ def read_opening(opening: Opening, size: tuple[int, int]) -> Frames:
 
 def check_kept(openings: Iterable[Opening], written: Iterable[Path]) -> None:
     """Raises OutputError where a file that a video starts from would be written over."""
-    sources = {opening.init.path for opening in openings}
-    for path in written:
-        if path.exists() and any(path.samefile(source) for source in sources):
+    paths = {opening.init.path for opening in openings}
+    sources = {(found.st_dev, found.st_ino) for found in map(os.stat, paths)}  # whatever they are called
+    for path in written if sources else ():
+        if path.exists() and (path.stat().st_dev, path.stat().st_ino) in sources:
             raise OutputError(f"{path} would be written over, and a video starts from it", "choose another output")
 
 
