@@ -25,6 +25,7 @@ from hforce.cache.policies.window import Window
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, RoleMap
 from hforce.errors import DataError
+from hforce.graphs import Graphs
 from hforce.models.dit import CausalWan
 from hforce.sampler import Step
 from hforce.stream import SETTLING, Chunk, Noise, Sampling, Stream, Switch, Take, seeded
@@ -393,3 +394,32 @@ def test_no_pass_of_a_chunk_waits_for_the_gpu(name: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert bool(clean.isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "triton", "triton-key"])
+def test_recorded_passes_make_the_same_video(name: str) -> None:
+    """Two videos one after the other, the first chunk of one frame, with changes of prompt and episodes on the way."""
+    device, dtype = torch.device("cuda"), torch.bfloat16 if name == "varlen" else torch.float32
+    if reason := reasons(device, dtype, WAN.config.head_dim)[name]:
+        pytest.skip(f"{name} {reason}")
+    wan = copy.deepcopy(WAN).to(device, dtype)
+    roles, backend = role_map("MAL", "MML"), make_backend(name, device)
+    made, graphs = [], Graphs()
+    for each in (None, graphs):
+        cache = HeadCache(geometry_of(wan, GRID), roles, FORCING, dtype, "cuda", backend)
+        stream = Stream(wan, cache, Sampling(STEPS, first_frames=1), SHAPE, seeded(0), Switch("recache", 6), graphs=each)
+        made.append([chunk.latents for _ in range(2) for chunk in stream.play(takes(9, 7, 8))])
+    assert len(graphs.replays) > 1 and sum(graphs.replays) > 40 and graphs.nbytes > 0
+    for one, other in zip(*made, strict=True):
+        close(one.float().cpu(), other.float().cpu(), 1e-5)
+
+
+def test_what_a_pass_reads_is_told_by_its_layout() -> None:
+    """It answers alike for the same number of frames, in the chunk and of every role, and otherwise not."""
+    cache = HeadCache(geometry_of(WAN, GRID), role_map("MAL", "MML"), FORCING)
+    stream, layouts = stream_of(cache), []
+    for _ in stream.play(takes(12)):
+        layouts.append((cache.open(3), tuple(len(lane.held) for lane in cache.lanes)))
+    assert len({held for _, held in layouts}) == len({layout for layout, _ in layouts}) == len(set(layouts)) > 3
+    assert layouts[-1] == layouts[-2], "when all is full, nothing changes any more"

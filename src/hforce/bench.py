@@ -33,6 +33,7 @@ from hforce.cache.roles import head_order
 from hforce.config import with_setup
 from hforce.decoding import Decoded, decoded, to_bytes
 from hforce.errors import ConfigError, HforceError
+from hforce.graphs import Graphs
 from hforce.machine import (
     Clock,
     Stopwatch,
@@ -72,7 +73,6 @@ JUDGED = "tiny"  # the model whose world is known well enough to judge its video
 HEAD_SECONDS, TAIL_SECONDS = 7, 10
 NO_CODECS: Mapping[str, Codec] = MappingProxyType({})
 SETTLED = 20  # chunks after which the process should not grow any more
-
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Entrant:
     def __post_init__(self) -> None:
         self._player: Iterator[Decoded] = iter(())
         self._decoders: dict[str, Decoder] = {}
-        self._watch = Stopwatch(device_of(self.backbone))
+        self._watch = Stopwatch(device_of(self.backbone), self.stream.graphs)
         self.stream.attend = self._watch.around(self.stream.cache.attend)
 
     def open(self, device: torch.device) -> None:
@@ -181,7 +181,8 @@ class Entrant:
 
     def again(self) -> Entrant:
         """The same setup with a cache of its own, from the start to chunk number EARLY, untimed."""
-        stream = replace(self.stream, cache=copy.deepcopy(self.stream.cache))
+        graphs = self.stream.graphs and Graphs()
+        stream = replace(self.stream, cache=copy.deepcopy(self.stream.cache), graphs=graphs)
         young = replace(self, stream=stream, edges=None, samples=[], done=0, beside={})
         young._player = young._play()
         for _ in range(EARLY):
@@ -193,6 +194,7 @@ class Entrant:
         weighed = weigh(lambda: self._look(self._next()[1]), device)
         stats, geometry = self.stream.cache.stats(), self.stream.cache.geometry
         fixed = tensor_bytes(self.backbone.model, self.backbone.codec) + stats.nbytes
+        fixed += self.stream.graphs.nbytes if self.stream.graphs else 0
         return Trial(
             prompt=" | ".join(shot.prompt for shot in self.course.shots),
             seed=self.course.seed,
@@ -274,7 +276,7 @@ def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
 
 
 def choose_setups(config: Config, known: Collection[str] = SETUPS) -> dict[str, Config]:
-    """A configuration for every setup to compare; the eager one compiles nothing.
+    """A configuration for every setup to compare; the eager one compiles and records nothing.
 
     Raises ConfigError where one is unknown, named twice, or none is.
     """
@@ -284,7 +286,7 @@ def choose_setups(config: Config, known: Collection[str] = SETUPS) -> dict[str, 
             raise ConfigError(f"unknown setup {name!r}{nearest(name, known)}", f"known are {', '.join(known)}")
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"bench.setups names {', '.join(names) or 'nothing'}", "name at least one, and each once")
-    eager = replace(config, model=replace(config.model, compile=False))
+    eager = replace(config, model=replace(config.model, compile=False, graphs=False))
     return {name: with_setup(eager, "window") if name == EAGER else with_setup(config, name) for name in names}
 
 
@@ -310,11 +312,11 @@ def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
 
 
 def share_backbones(configs: Mapping[str, Config], backbone: Backbone) -> dict[str, Backbone]:
-    """A backbone for every setup. Those that order the heads and compile alike share one; others get copies of it."""
+    """A backbone for every setup. Those that order heads and run blocks alike share one; others get copies of it."""
     found: dict[tuple[tuple[tuple[int, ...], ...], bool], Backbone] = {}
     chosen = {}
     for name, config in configs.items():
-        kind = head_order(build_roles(config.cache, backbone)), config.model.compile
+        kind = head_order(build_roles(config.cache, backbone)), name == EAGER
         if kind not in found:
             found[kind] = replace(backbone, model=copy.deepcopy(backbone.model)) if found else backbone
         chosen[name] = found[kind]
@@ -327,6 +329,7 @@ def enter(
     """A setup at the start of a course, with a cache of its own."""
     stream = build_stream(config, backbone, course.plan.total, course.seed)
     if setup == EAGER:
+        backbone.model.separate_blocks()
         stream.cache = EagerWindow(backbone.geometry, weight_type(backbone), str(device_of(backbone)))
     clock = stream.clock = device_clock(device_of(backbone))
     judged = backbone.name == JUDGED and not backbone.is_random and backbone.size == (PIXELS, PIXELS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hforce import memory
-from hforce.attention.backends import check_backend, choose_backend, turns_queries
+from hforce.attention.backends import can_launch, check_backend, choose_backend, turns_queries
 from hforce.attention.timing import Layer
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
@@ -23,6 +23,7 @@ from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
 from hforce.errors import ConfigError, DataError, InputError, UnavailableError
 from hforce.geometry import Geometry
+from hforce.graphs import Graphs
 from hforce.models.base import Backbone, Blueprint, Codec, Described, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
 from hforce.models.hub import pin, read_id, resolve
@@ -106,6 +107,7 @@ def build_memory(config: Config, blueprint: Blueprint, chunks: int, switches: bo
         blueprint.config, geometry, blueprint.dtype.itemsize, lanes, blueprint.needs,
         pixels=3 * blueprint.stride * geometry.chunk * width * height, here=torch.device(blueprint.device).type,
         switches=switches, turns_keys=not turns_queries(config.cache.backend), codec_apart=blueprint.is_apart,
+        graphs=records_passes(config.model, blueprint.device),
     )  # fmt: skip
     limit = parse_bytes(config.model.memory_limit) if config.model.memory_limit else None
     available = limit if limit is not None else free_bytes(blueprint.device)
@@ -213,6 +215,8 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
     """A stream for a video of so many chunks. Reorders the heads of the backbone's model to suit its roles."""
     if config.model.compile:
         backbone.model.compile_blocks()
+    elif can_launch(torch.device(backbone.device)):
+        backbone.model.fuse_blocks()
     roles = build_roles(config.cache, backbone)
     order = head_order(roles)
     backbone.model.order_heads(order)
@@ -225,7 +229,13 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
         backbone.shape,
         seeded(config.sample.seed if seed is None else seed),
         Switch(config.cache.switch, config.cache.recache_frames),
+        graphs=Graphs() if records_passes(config.model, backbone.device) else None,
     )
+
+
+def records_passes(model: ModelConfig, device: str) -> bool:
+    """Whether passes of the transformer are recorded as CUDA graphs there."""
+    return model.graphs and torch.device(device).type == "cuda"
 
 
 def build_sampling(sample: SampleConfig, family: Family | None = None) -> Sampling:

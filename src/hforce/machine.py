@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import hforce
+from hforce.graphs import Graphs
 from hforce.models.base import Backbone
 from hforce.models.dit import Attend
 
@@ -58,37 +59,53 @@ def device_clock(device: torch.device) -> Clock:
 
 
 class Stopwatch:
-    """Adds up the seconds that a function takes on a device, without waiting for the device in between."""
+    """Adds up the seconds that a function takes on a device, without waiting for the device in between.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    In passes that are launched from graphs it is not called. There the marks that were recorded with a pass are set
+    anew by every launch, and those of the last one stand for all.
+    """
+
+    def __init__(self, device: torch.device, graphs: Graphs | None = None) -> None:
+        self._device, self._graphs = device, graphs
         self._marks: list[tuple[Any, Any]] = []
+        self._recorded: list[tuple[Any, Any]] = []  # of all recorded passes, one after the other
+        self._before: list[int] = []
 
     def around(self, attend: Attend) -> Attend:
         """The same attention, timed."""
 
         def timed(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            begin = self._mark()
+            is_recording = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            begin = self._mark(is_recording)
             out = attend(layer, q, k, v)
-            self._marks.append((begin, self._mark()))
+            (self._recorded if is_recording else self._marks).append((begin, self._mark(is_recording)))
             return out
 
         return timed
 
     def restart(self) -> None:
         """Forgets what was timed until now."""
-        self._marks = []
+        self._marks, self._before = [], list(self._graphs.replays) if self._graphs else []
 
     def read(self) -> float:
         """Seconds since the last restart; the device must be done with its work."""
         if self._device.type == "cpu":
             return sum(end - begin for begin, end in self._marks)
-        return sum(begin.elapsed_time(end) for begin, end in self._marks) / 1000  # it tells milliseconds
+        seconds = sum(begin.elapsed_time(end) for begin, end in self._marks)
+        replays = self._graphs.replays if self._graphs else []
+        calls = len(self._recorded) // max(1, len(replays))  # in a pass
+        for number, total in enumerate(replays):
+            if launches := total - (self._before[number] if number < len(self._before) else 0):
+                marks = self._recorded[number * calls : (number + 1) * calls]
+                seconds += launches * sum(begin.elapsed_time(end) for begin, end in marks)
+        return seconds / 1000  # events tell milliseconds
 
-    def _mark(self) -> Any:
+    def _mark(self, is_recording: bool) -> Any:
         if self._device.type == "cpu":
             return time.perf_counter()
-        event = torch.Event(self._device, enable_timing=True)
+        event: Any = torch.Event(self._device, enable_timing=True)
+        if is_recording:
+            event = torch.cuda.Event(enable_timing=True, external=True)
         event.record()
         return event
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from hforce.attention.layout import MOST_TURNED
 from hforce.attention.rope import rotary_pairs
 from hforce.cache.heads import LOOK_EVERY
 from hforce.errors import SMALLER, RoomError
@@ -53,7 +54,8 @@ class Work:
     `lanes` has the roles that occur; `pixels` are the numbers in the video frames of a chunk; `switches` says whether
     prompts change within a video, `here` is the type of the device. `turns_keys` says whether keys are turned in time
     as they are stored, which takes a second copy of what turns; where attention turns its queries, it does not.
-    With `codec_apart` the autoencoder has a device of its own.
+    With `codec_apart` the autoencoder has a device of its own. `graphs` says whether passes are recorded, which gives
+    the recorded ones memory and a prompt of their own.
     """
 
     config: WanConfig
@@ -66,6 +68,7 @@ class Work:
     switches: bool = False
     turns_keys: bool = True
     codec_apart: bool = False
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def plan(work: Work, mode: Mode, text_here: bool = True) -> Plan:
     transformer = {"transformer": n.transformer}
     base = transformer | {f"cache of {role} heads": size for role, size in kv_bytes(work).items()}
     base |= {"text context": context, "keys looked at": looked_bytes(work)} | (text if stays else {})
+    if work.graphs:
+        base |= {"recorded passes": pass_bytes(work) + context}
     denoising = base | {"work": max(pass_bytes(work), turning_bytes(work), context if work.switches else 0)}
     decoding = base | codec | memory | {"work": max(n.decoding, pictures)}
     if stays and work.here == "cuda":  # the next chunk is made while one is decoded
@@ -162,18 +167,21 @@ def context_bytes(config: WanConfig, itemsize: int) -> int:
 
 
 def looked_bytes(work: Work) -> int:
-    """Keys of the last pass, which stay for the policies that look at pictures."""
-    return len({layer for lane in work.lanes.values() for layer in lane.looked}) * _tokens(work)
+    """Keys of the last pass, which stay for the policies that look at pictures: of the heads that are looked at."""
+    g, lanes = work.geometry, work.lanes.values()
+    heads = sum(lane.heads[layer] for lane in lanes for layer in lane.looked)
+    return heads * g.chunk * g.tokens * g.head_dim * work.itemsize
 
 
 def turning_bytes(work: Work) -> int:
-    """What `HeadCache.advance` adds at most: keys of one layer turned in time, or those of all that are looked at."""
-    g = work.geometry
-    past = 2 * rotary_pairs(g.head_dim)[0] if work.turns_keys else 0
-    turned = max(max(lane.heads) * lane.capacity for lane in work.lanes.values()) * g.tokens * past
-    looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in work.lanes.values())
+    """What `HeadCache.advance` adds at most: keys that are turned or moved at once, or those that are looked at."""
+    g, lanes = work.geometry, work.lanes.values()
+    past = g.tokens * (2 * rotary_pairs(g.head_dim)[0] if work.turns_keys else 0)
+    turned = max(max(min(sum(lane.heads) * lane.capacity * past, MOST_TURNED), lane.capacity * past) for lane in lanes)
+    moved = max(sum(lane.heads) for lane in lanes) * g.tokens * g.head_dim * work.itemsize
+    looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in lanes)
     looks = 2 * FLOAT * looked * g.chunk * g.tokens * g.head_dim
-    return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), looks)
+    return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), moved, looks)
 
 
 def pass_bytes(work: Work) -> int:

@@ -173,7 +173,7 @@ def measure(
     wanted = [(chunk, step) for chunk in rollout.chunks for step in range(len(stream.sampling.steps))]
     assert isinstance(stream.cache, HeadCache), "attention is measured through the cache of the method"
     probe = Probe(stream.cache, wanted, settings.sink_frames, settings.query_stride)
-    stream.attend = probe
+    stream.attend, stream.graphs = probe, None  # which would not ask the probe in every pass
     for chunk in stream.play([Take(text, rollout.length)]):
         tell(replace(start, done=start.done + chunk.number + 1))
     return Sample(rollout, probe.mean(), len(wanted))

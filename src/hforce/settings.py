@@ -28,6 +28,7 @@ class ModelConfig:
     memory: str = "auto"  # what stays on the device: speed, balanced or low; auto: the first of these that fits
     memory_limit: str = ""  # "8GiB": how much memory to plan with; empty: what the device has free
     threads: int = 0  # of the CPU; 0: all cores but one, which the video encoder needs
+    graphs: bool = True  # on CUDA: record a pass that comes again, and launch it whole
     compile: bool = False  # join small operations with torch.compile, which takes its time in the first chunk
 
 

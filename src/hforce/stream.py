@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -23,6 +23,7 @@ from torch import Tensor
 from hforce.cache.heads import CacheStats
 from hforce.errors import DataError
 from hforce.geometry import Geometry
+from hforce.graphs import Graphs
 from hforce.models.dit import Attend, CausalWan, TextContext
 from hforce.sampler import Step, few_step, keyed_noise
 
@@ -39,6 +40,8 @@ class Past(Protocol):
     now: int
 
     def reset(self) -> None: ...
+
+    def open(self, frames: int) -> Hashable | None: ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
@@ -104,7 +107,8 @@ class Stream:
     """Plays a script through a model and its cache. One stream makes one video at a time.
 
     shape is (C, h, w) of a latent frame. attend defaults to the cache's own; a profiler wraps it. clock measures
-    seconds and must wait for the device where work is queued.
+    seconds and must wait for the device where work is queued. graphs, on CUDA, launch passes whole, which `attend` is
+    then not called in.
     """
 
     model: CausalWan
@@ -114,6 +118,7 @@ class Stream:
     noise: Noise
     switch: Switch = field(default_factory=Switch)
     attend: Attend | None = None
+    graphs: Graphs | None = None
     clock: Callable[[], float] = time.perf_counter
 
     @torch.inference_mode()
@@ -174,6 +179,10 @@ class Stream:
 
     def _flow(self, x: Tensor, timestep: float, text: TextContext) -> Tensor:
         t = torch.full(x.shape[:2], timestep, device=x.device)
+        layout = self.cache.open(x.shape[1])
+        return self.graphs(self._run, x, t, text, layout) if self.graphs else self._run(x, t, text)
+
+    def _run(self, x: Tensor, t: Tensor, text: TextContext) -> Tensor:
         return self.model(x, t, text, self.attend or self.cache.attend)
 
     def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> Iterator[Chunk]:

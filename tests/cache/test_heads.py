@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hforce.attention.backends import make_backend, reasons
 from hforce.attention.dense import BlockCausal
-from hforce.attention.layout import Backend
+from hforce.attention.layout import Backend, Keeping
 from hforce.attention.rope import Rope3D
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import Anchor, Full, Local, Memory, Sink, Window, make_policy
@@ -408,12 +408,12 @@ needs_triton = pytest.mark.skipif(not find_spec("triton"), reason='pip install "
 
 
 def whole_backend(name: str) -> Backend:
-    """The backend; with Triton's kernel, the one that places a chunk, too, as on a GPU."""
-    if name != "triton":
+    """The backend; with Triton's kernel, those that write, move and turn, too, as on a GPU."""
+    if not name.startswith("triton"):
         return make_backend(name)
-    from hforce.attention.triton_kernel import place
+    from hforce.attention.triton_kernel import move, place, turn_past
 
-    return replace(make_backend(name), place=place)
+    return replace(make_backend(name), keeping=Keeping(place, move, turn_past))
 
 
 @pytest.mark.parametrize(
@@ -421,6 +421,7 @@ def whole_backend(name: str) -> Backend:
     [
         ("reference", ("MMAL", "LAMM"), UNEQUAL, 3),
         pytest.param("triton", ("LMAA",), FEW, 1, marks=needs_triton),  # few slots: the interpreter is slow
+        pytest.param("triton-key", ("LMAA",), FEW, 1, marks=needs_triton),
     ],
 )
 def test_turning_queries_gives_what_turning_keys_gives(

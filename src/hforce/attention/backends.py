@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from subprocess import SubprocessError
 from types import MappingProxyType
@@ -14,25 +14,20 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hforce.attention import reference
-from hforce.attention.layout import Attention, Backend, LayerView, Place, place, view_of
+from hforce.attention.layout import PLAIN, Attention, Backend, Keeping, LayerView, view_of
 from hforce.attention.timing import Layer, enter, race
+from hforce.attention.vendor import vendor_kernels
 from hforce.errors import BackendError
 from hforce.rules import nearest
 
 log = logging.getLogger(__name__)
 
 AUTO, CPU = "auto", torch.device("cpu")
-HOPPER, AMPERE = 9, 8  # major compute capabilities
+AMPERE = 8  # major compute capability
 WIDEST = 128  # head dim up to which the tiles of the Triton kernel fit into shared memory
 FLASH_WIDEST = 256
-
-# cuDNN is the faster of the two on Hopper, FlashAttention-2 before it; each is skipped where it cannot run.
-_CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-_FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-_ALWAYS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Entry:
 def attend_dense(query: Tensor, view: LayerView) -> Tensor:
     """One scaled_dot_product_attention for every run of heads that read equally many tokens."""
     query = query.transpose(0, 1)[None]
-    with _vendor_kernels(query.device):
+    with vendor_kernels(query.device):
         outs = [
             F.scaled_dot_product_attention(query[:, run.first : run.last], run.keys[None], run.values[None])
             for run in view.runs
@@ -71,27 +66,34 @@ def attend_varlen(query: Tensor, view: LayerView) -> Tensor:
 
 
 def make_backend(name: str, device: torch.device = CPU) -> Backend:
-    """The backend that the table calls `name`, whether or not it can run there; on CUDA a kernel of ours places."""
+    """The backend that the table calls `name`, whether or not it can run there; on CUDA our kernels keep the past."""
     entry = BACKENDS[name]
-    return Backend(name, entry.load(), entry.turns_queries, choose_place(device))
+    return Backend(name, entry.load(), entry.turns_queries, choose_keeping(device))
 
 
-def choose_place(device: torch.device) -> Place:
-    """One launch that turns and writes a chunk, where Triton can run, whichever backend attends; else plain steps.
+def choose_keeping(device: torch.device) -> Keeping:
+    """Kernels of ours that write, move and turn, where Triton can run, whichever backend attends; else plain steps."""
+    if not can_launch(device):
+        return PLAIN
+    from hforce.attention import triton_kernel
 
-    It is tried on a single value, for Triton needs a C compiler to start anything, and nothing tells that beforehand.
-    """
+    return Keeping(triton_kernel.place, triton_kernel.move, triton_kernel.turn_past)
+
+
+@lru_cache
+def can_launch(device: torch.device) -> bool:
+    """Whether Triton can run kernels there. One is tried: it takes a C compiler, and nothing tells that beforehand."""
     if _triton_lacks(device, torch.float32, 0):
-        return place
+        return False
     from hforce.attention import triton_kernel
 
     one, phase = torch.zeros(1, 1, 2, device=device), torch.ones(1, 1, 1, dtype=torch.complex64, device=device)
     try:
         triton_kernel.place(one, one, one, phase, view_of(one[0].clone(), one[0].clone(), [1]))
     except (RuntimeError, OSError, SubprocessError) as error:
-        log.warning("Triton cannot build its kernel here, so chunks are placed in single steps: %s", error)
-        return place
-    return triton_kernel.place
+        log.warning("Triton cannot build its kernels here, so small operations run in single steps: %s", error)
+        return False
+    return True
 
 
 def turns_queries(name: str) -> bool:
@@ -130,14 +132,6 @@ def choose_backend(name: str, layer: Layer, device: torch.device, dtype: torch.d
         return able[0]
     seconds = race([enter(backend, layer, device, dtype) for backend in able], device)
     return able[seconds.index(min(seconds))]
-
-
-def _vendor_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA the kernels that scaled_dot_product_attention tries, the fastest first; elsewhere torch's own choice."""
-    if device.type != "cuda":
-        return nullcontext()
-    is_hopper = torch.cuda.get_device_capability(device)[0] >= HOPPER
-    return sdpa_kernel([*(_CUDNN_FIRST if is_hopper else _FLASH_FIRST), *_ALWAYS], set_priority=True)
 
 
 def _lacks_nothing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hforce.attention.rope import turn
 
+MOST_TURNED = 1 << 24  # values that plain operations turn at once
+
 
 @dataclass(frozen=True)
 class Run:
@@ -83,13 +85,77 @@ def place(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, view: LayerV
 
 
 @dataclass(frozen=True)
+class Past:
+    """Where the heads of one lane keep their frames, those of all layers together.
+
+    Head h owns the slots from `first[h]` on, the first `chunk` of which are staging. `times` has no slots for those:
+    its first of head h is `early[h]`. It keeps what turns in time as it was written; None where queries are turned.
+    """
+
+    keys: Tensor  # [slots of all layers, S, D]
+    values: Tensor  # [slots of all layers, S, D]
+    times: Tensor | None  # [slots of the past of all layers, S, time dims]
+    first: Tensor  # int64 [heads]
+    early: Tensor  # int64 [heads]
+    chunk: int
+
+
+class Move(Protocol):
+    """Copies frames from slots to other slots, in every head alike; no slot is both a source and a target."""
+
+    def __call__(self, past: Past, sources: Sequence[int], targets: Sequence[int]) -> None: ...
+
+
+class TurnPast(Protocol):
+    """Turns the keys in the first slots of the past in time, from how they were written: phase complex64 [n, pairs]."""
+
+    def __call__(self, past: Past, phase: Tensor) -> None: ...
+
+
+def move(past: Past, sources: Sequence[int], targets: Sequence[int]) -> None:
+    """`Move` in plain operations."""
+    for source, target in zip(sources, targets, strict=True):
+        old, new = past.first + source, past.first + target
+        moving = past.keys.index_select(0, old)
+        past.keys.index_copy_(0, new, moving)
+        past.values.index_copy_(0, new, past.values.index_select(0, old))
+        if past.times is not None:
+            is_new, early = source < past.chunk, past.early - past.chunk
+            times = moving[..., : past.times.shape[-1]] if is_new else past.times.index_select(0, early + source)
+            past.times.index_copy_(0, early + target, times)
+
+
+def turn_past(past: Past, phase: Tensor) -> None:
+    """`TurnPast` in plain operations, so many heads at a time that what lies in between stays small."""
+    assert past.times is not None, "keys that stay as they were written are not turned"
+    slots, (tokens, width) = torch.arange(len(phase), device=phase.device), past.times.shape[1:]
+    heads = max(1, MOST_TURNED // (len(phase) * tokens * width))
+    for first, early in zip(past.first.split(heads), past.early.split(heads), strict=True):
+        old, new = ((begin[:, None] + slots).flatten() for begin in (early, first + past.chunk))
+        turned = turn(past.times.index_select(0, old), phase.repeat(len(first), 1)[:, None])
+        past.keys[..., :width].index_copy_(0, new, turned)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How keys and values are written, moved and turned: the same in plain operations as in kernels of ours."""
+
+    place: Place = place
+    move: Move = move
+    turn_past: TurnPast = turn_past
+
+
+PLAIN = Keeping()
+
+
+@dataclass(frozen=True)
 class Backend:
     """A way to attend. One that `turns_queries` wants keys as they were written, and `LayerView.turns` beside them."""
 
     name: str
     attend: Attention
     turns_queries: bool = False
-    place: Place = place
+    keeping: Keeping = PLAIN
 
 
 def view_of(keys: Tensor, values: Tensor, counts: Sequence[int], turns: Turns | None = None) -> LayerView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hforce.attention.layout import LayerView
+from hforce.attention.layout import LayerView, Past
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two: exp2 is one instruction
 PLACED = 1024  # values of a token that a program places
+MOVED = 4096  # values of a slot that a program moves or turns
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,28 @@ def _load_turned(query, base, rows, column, row_stride, is_in, phase, width, sca
 
 
 @triton.jit
+def _see(
+    turned, keys, values, begin, rest, total, top, mass,
+    PARTLY: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys, of which only the first `rest` count if PARTLY: what was seen before, and it."""
+    row, column = tl.arange(0, BN), tl.arange(0, BD)
+    spot = begin + row[:, None] * D + column[None, :]
+    if PARTLY or D < BD:
+        is_key = (row[:, None] < rest) & (column[None, :] < D)
+        key, value = tl.load(keys + spot, mask=is_key, other=0.0), tl.load(values + spot, mask=is_key, other=0.0)
+    else:
+        key, value = tl.load(keys + spot), tl.load(values + spot)
+    logits = tl.dot(turned, tl.trans(key), input_precision="ieee")
+    if PARTLY:
+        logits = tl.where(row[None, :] < rest, logits, float("-inf"))
+    higher = tl.maximum(top, tl.max(logits, axis=1))
+    shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
+    total = total * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return total, higher, mass * shrink + tl.sum(weights, axis=1)
+
+
+@triton.jit
 def _attend_tile(
     query, keys, values, out, begin, length, order, lane, phase,
     queries, query_row, query_head, out_row, out_head, lane_stride, slot_stride, width, scale,
@@ -70,21 +94,12 @@ def _attend_tile(
         turned = _load_turned(
             query, head * query_head, rows, column, query_row, is_in, phases + slot * slot_stride, width, scale
         ).to(query.dtype.element_ty)
-        for token in range(0, span, BN):
-            row = token + tl.arange(0, BN)
-            spot = first + row[:, None] * D + column[None, :]
-            is_key = (row[:, None] < span) & (column[None, :] < D)
-            key = tl.load(keys + spot, mask=is_key, other=0.0)
-            logits = tl.dot(turned, tl.trans(key), input_precision="ieee")
-            logits = tl.where(row[None, :] < span, logits, float("-inf"))
-            higher = tl.maximum(top, tl.max(logits, axis=1))
-            shrink = tl.exp2(top - higher)
-            weights = tl.exp2(logits - higher[:, None])
-            value = tl.load(values + spot, mask=is_key, other=0.0)
-            total = total * shrink[:, None]
-            total += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-            mass = mass * shrink + tl.sum(weights, axis=1)
-            top = higher
+        whole = span // BN * BN
+        for token in range(0, whole, BN):
+            total, top, mass = _see(turned, keys, values, first + token * D, BN, total, top, mass, False, D, BD, BN)
+        if whole < span:
+            rest = span - whole
+            total, top, mass = _see(turned, keys, values, first + whole * D, rest, total, top, mass, True, D, BD, BN)
         first += span * D
     place = out + head * out_head + rows[:, None] * out_row + column[None, :]
     tl.store(place, (total / mass[:, None]).to(out.dtype.element_ty), mask=is_in)
@@ -149,6 +164,67 @@ def place(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, view: LayerV
             query, key, value, turned, view.keys, view.values, view.begin, torch.view_as_real(phase), row, width, PLACED
         )
     return turned
+
+
+@triton.jit
+def _move_slots(
+    keys, values, times, first, early, sources, targets, chunk, size, row, width, KEEPS: tl.constexpr, B: tl.constexpr
+):
+    """B values of one frame of one head, copied to another slot; and what of its key turns in time, to `times`."""
+    source, target = tl.load(sources + tl.program_id(1)), tl.load(targets + tl.program_id(1))
+    begin = tl.load(first + tl.program_id(0))
+    at = tl.program_id(2) * B + tl.arange(0, B)
+    is_in = at < size
+    key = tl.load(keys + (begin + source) * size + at, mask=is_in)
+    tl.store(keys + (begin + target) * size + at, key, mask=is_in)
+    value = tl.load(values + (begin + source) * size + at, mask=is_in)
+    tl.store(values + (begin + target) * size + at, value, mask=is_in)
+    if KEEPS:
+        turns = is_in & (at % row < width)
+        begin, size = tl.load(early + tl.program_id(0)) - chunk, size // row * width
+        spot = at // row * width + at % row
+        older = tl.load(times + (begin + tl.maximum(source, chunk)) * size + spot, mask=turns)
+        tl.store(times + (begin + target) * size + spot, tl.where(source < chunk, key, older), mask=turns)
+
+
+@triton.jit
+def _turn_slots(keys, times, first, early, phase, chunk, size, row, width, B: tl.constexpr):
+    """B values of one frame of one head, turned in time from how they were written, to where they are read."""
+    slot = tl.program_id(1)
+    at = tl.program_id(2) * B + tl.arange(0, B)
+    is_in = at < size * width
+    inner = at % width
+    angle = phase + slot * width + (inner // 2) * 2
+    cosine, sine = tl.load(angle, mask=is_in, other=0.0), tl.load(angle + 1, mask=is_in, other=0.0)
+    old = times + (tl.load(early + tl.program_id(0)) + slot) * size * width
+    own = tl.load(old + at, mask=is_in).to(tl.float32)
+    partner = tl.load(old + (at ^ 1), mask=is_in).to(tl.float32)
+    turned = own * cosine + partner * tl.where(at % 2 == 0, -sine, sine)
+    new = keys + (tl.load(first + tl.program_id(0)) + chunk + slot) * size * row + (at // width) * row + inner
+    tl.store(new, turned.to(keys.dtype.element_ty), mask=is_in)
+
+
+def move(past: Past, sources: Sequence[int], targets: Sequence[int]) -> None:
+    """`layout.move` in one launch."""
+    _, tokens, row = past.keys.shape
+    times, width = (past.keys, 0) if past.times is None else (past.times, past.times.shape[-1])  # or never touched
+    slots = torch.tensor([sources, targets], device=past.keys.device)
+    with _device_of(past.keys):
+        _move_slots[(len(past.first), len(sources), triton.cdiv(tokens * row, MOVED))](
+            past.keys, past.values, times, past.first, past.early, slots[0], slots[1],
+            past.chunk, tokens * row, row, width, past.times is not None, MOVED,
+        )  # fmt: skip
+
+
+def turn_past(past: Past, phase: Tensor) -> None:
+    """`layout.turn_past` in one launch."""
+    assert past.times is not None, "keys that stay as they were written are not turned"
+    tokens, row, width = *past.keys.shape[1:], past.times.shape[-1]
+    with _device_of(past.keys):
+        _turn_slots[(len(past.first), len(phase), triton.cdiv(tokens * width, MOVED))](
+            past.keys, past.times, past.first, past.early, torch.view_as_real(phase.contiguous()),
+            past.chunk, tokens, row, width, MOVED,
+        )  # fmt: skip
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:

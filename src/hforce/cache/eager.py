@@ -35,6 +35,9 @@ class EagerWindow:
         self._frames = 0  # of the last pass
         self._held = [0] * self.geometry.layers  # frames of the past, which lie at the start of each store
 
+    def open(self, frames: int) -> None:
+        """Nothing to get ready, and no two passes are alike: the first one over a chunk moves the past."""
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [1, N, H, D] before RoPE -> [1, N, H, D], over the past and the chunk itself."""
         tokens = self.geometry.tokens

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hforce.attention.backends import SDPA
-from hforce.attention.layout import Backend
+from hforce.attention.layout import Backend, LayerView
 from hforce.attention.rope import Rope3D, turn
 from hforce.cache.likeness import DriftGauge, KeyLikeness
 from hforce.cache.policy import CachePolicy, Clock, Frame, Placement
@@ -18,6 +18,7 @@ from hforce.cache.slots import SlotStore, Strip
 from hforce.errors import ConfigError
 from hforce.geometry import Geometry
 
+MOST_LAID = 16  # layouts kept; a cache that still grows has a new one for every chunk
 LOOK_EVERY = 3  # likeness is read off every third layer that has such heads: neighbours agree, and it costs a third
 
 
@@ -82,20 +83,28 @@ class HeadCache:
             Strip(lane.policy.capacity, tuple(spans.get(lane.role, (0, 0)) for spans in self._spans))
             for lane in self.lanes
         ]
-        self.store = SlotStore(geometry, strips, self.rope, dtype, backend.turns_queries)
+        self.store = SlotStore(geometry, strips, self.rope, dtype, backend)
         self._looks = self._choose_looks()
-        self._looked = {layer for layers in self._looks.values() for layer in layers}
+        self._seen = self._room_for_keys(dtype)
+        self._laid: dict[Hashable, list[LayerView]] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything, for a new video. The memory stays."""
         self.now = 0
         self._drift = DriftGauge()
-        self._seen: dict[int, Tensor] = {}  # layer -> keys of the last pass before RoPE [N, H, D], where looked at
         for lane in self.lanes:
             lane.held, lane.slot, lane.written = [], {}, {}
             lane.likeness = KeyLikeness(self.geometry.grid) if lane.policy.looks else None
         self._plan()
+
+    def open(self, frames: int) -> Hashable:
+        """Gets ready for passes over so many frames. As long as the answer is the same, so is the memory they use."""
+        if frames != self._frames:
+            # The past lies behind all staging slots; a short pass would leave stale ones in between.
+            assert not self.now, "only the first chunk may be short"
+            self._lay_out(frames)
+        return self._layout
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one layer over the past and the chunk itself.
@@ -103,15 +112,11 @@ class HeadCache:
         q, k, v [1, N, H, D] before RoPE -> [1, N, H, D]. Leaves k and v in the staging slots.
         """
         assert q.shape[0] == 1, "a cache holds one stream: batch must be 1"
-        frames = k.shape[1] // self.geometry.tokens
-        if frames != self._frames:
-            # The past lies behind all staging slots; a short pass would leave stale ones in between.
-            assert not self.now, "only the first chunk may be short"
-            self._open(frames)
-        if layer in self._looked:
-            self._seen[layer] = k[0]
+        self.open(k.shape[1] // self.geometry.tokens)
+        for heads, seen in self._seen.get(layer, ()):
+            seen[: k.shape[1]].copy_(k[0, :, heads])
         view = self._views[layer]
-        query = self.backend.place(q[0], k[0], v[0], self._own[: k.shape[1]], view)
+        query = self.backend.keeping.place(q[0], k[0], v[0], self._own[: k.shape[1]], view)
         return self.backend.attend(query, view)[None]
 
     def advance(self, shot: int = 0, latents: Tensor | None = None, settled: bool = True) -> None:
@@ -183,10 +188,16 @@ class HeadCache:
             next_frames=now,
         )
 
-    def _open(self, frames: int) -> None:
+    def _lay_out(self, frames: int) -> None:
         """Lays out what every layer reads in passes of so many frames."""
-        self._frames = frames
-        self._views = self.store.views(frames, [len(lane.held) for lane in self.lanes])
+        held = tuple(len(lane.held) for lane in self.lanes)
+        self._frames, self._layout = frames, (frames, held)
+        self.store.tell(frames, held)
+        if self._layout not in self._laid:
+            if len(self._laid) == MOST_LAID:
+                self._laid.clear()
+            self._laid[self._layout] = self.store.views(frames, held)
+        self._views = self._laid[self._layout]
 
     def _choose_looks(self) -> dict[HeadRole, dict[int, slice]]:
         """For every role whose policy looks at pictures, the layers at which it does, and its heads there."""
@@ -197,9 +208,21 @@ class HeadCache:
                 looks[lane.role] = {layer: slice(*self._spans[layer][lane.role]) for layer in layers[::LOOK_EVERY]}
         return looks
 
+    def _room_for_keys(self, dtype: torch.dtype) -> dict[int, list[tuple[slice, Tensor]]]:
+        """For every layer that is looked at, heads and where the keys of their last pass go, [N, heads, D]."""
+        seen: dict[int, list[tuple[slice, Tensor]]] = {}
+        tokens = self.geometry.chunk * self.geometry.tokens
+        for looks in self._looks.values():
+            for layer, heads in looks.items():
+                shape = (tokens, heads.stop - heads.start, self.geometry.head_dim)
+                seen.setdefault(layer, []).append((heads, torch.empty(shape, dtype=dtype, device=self.device)))
+        return seen
+
     def _looked_at(self, lane: Lane) -> list[Tensor]:
-        """Keys of the last pass [N, heads, D] of the lane's heads, for the layers that are looked at."""
-        return [self._seen[layer][:, heads] for layer, heads in self._looks[lane.role].items()]
+        """Keys of the last pass before RoPE [N, heads, D] of the lane's heads, for the layers that are looked at."""
+        tokens = self._frames * self.geometry.tokens
+        looks = self._looks[lane.role].items()
+        return [next(x for at, x in self._seen[layer] if at == heads)[:tokens] for layer, heads in looks]
 
     def _drop(self, lane: Lane, kept: Sequence[Frame]) -> None:
         lane.held = list(kept)
@@ -220,7 +243,7 @@ class HeadCache:
             if lane.held:
                 self._settle(number, lane)
                 self._re_encode(number, lane)
-        self._open(self.geometry.chunk)
+        self._lay_out(self.geometry.chunk)
 
     def _settle(self, number: int, lane: Lane) -> None:
         """Moves frames until they fill the slots right behind the staging ones, without a hole.
@@ -232,11 +255,9 @@ class HeadCache:
         used = set(lane.slot.values())
         holes = iter(slot for slot in past if slot not in used)
         moves = {index: next(holes) for index, slot in lane.slot.items() if slot not in past}
-        sources, targets = [lane.slot[index] for index in moves], [*moves.values()]
+        if sources := [lane.slot[index] for index in moves]:
+            self.store.move(number, sources, [*moves.values()])
         lane.slot.update(moves)
-        for is_new in (False, True):
-            if pairs := [pair for pair in zip(sources, targets, strict=True) if (pair[0] < chunk) == is_new]:
-                self.store.move(number, *zip(*pairs, strict=True))
 
     def _re_encode(self, number: int, lane: Lane) -> None:
         """Brings every held key from the time it was written at to where its frame is placed."""

@@ -190,10 +190,21 @@ class CausalWan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = cast(Sequence[Block], nn.ModuleList(Block(c) for _ in range(c.layers)))
         self.head = Head(c)
-        self.before: Before = Block.before
-        self.after: After = Block.after
+        self.before: Before
+        self.after: After
+        self.separate_blocks()
         self.head_order = [list(range(c.heads)) for _ in range(c.layers)]
         """[L][H] which head of the checkpoint stands where: see `order_heads`."""
+
+    def separate_blocks(self) -> None:
+        """Runs every small operation by itself, from the next pass on."""
+        self.before, self.after = Block.before, Block.after
+
+    def fuse_blocks(self) -> None:
+        """Joins the same small operations in kernels of ours, which takes Triton."""
+        from hforce.models import fused
+
+        self.before, self.after = fused.before, fused.after
 
     def compile_blocks(self) -> None:
         """Lets torch.compile join norms, modulations, gates and activations to few kernels, from the next pass on.

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hforce.attention.backends import can_launch
 from hforce.errors import CheckpointError, DataError
 from hforce.extras import optional
 from hforce.models.base import DecoderNeeds
 from hforce.models.mapped import Entry
+from hforce.models.wan_decode import PLAIN, Join, Steps, to_channels_last
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import load_strictly
 
@@ -37,10 +39,6 @@ Features = list[Any]
 """What a stream remembers: for every convolution in time the last two frames it was given (or that it saw one)."""
 
 
-Memory = tuple[Features, bool]
-"""What a decoder remembers: its features, and whether it has decoded nothing yet."""
-
-
 class WanCodec:
     """AutoencoderKLWan between video and normalised latents."""
 
@@ -49,6 +47,8 @@ class WanCodec:
     def __init__(self, net: Any) -> None:
         self.net = net
         self.mean, self.std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
+        self.join = choose_join(self.device)
+        to_channels_last(net.decoder)
 
     @property
     def device(self) -> torch.device:
@@ -84,25 +84,35 @@ class WanCodec:
 
 
 class WanDecoder:
-    """Decodes one video, latent frame by latent frame, equal to decoding it whole: its memory does not grow with it."""
+    """Decodes one video chunk by chunk, equal to decoding it whole: its memory does not grow with it."""
 
     def __init__(self, codec: WanCodec) -> None:
         self._codec = codec
-        self.memory: Memory = (fresh(codec.net.decoder), True)
+        self.memory: Features = fresh(codec.net.decoder)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
         """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1, T = 4F, or 4F - 3 at the start of a video."""
-        return torch.cat([self._decode(latent) for latent in latents.split(1, dim=1)])
+        begins = self.memory[0] is None
+        sizes = [1, latents.shape[1] - 1] if begins and latents.shape[1] > 1 else [latents.shape[1]]
+        return torch.cat([self._decode(part) for part in latents.split(sizes, dim=1)])
 
-    def _decode(self, latent: Tensor) -> Tensor:
-        """One latent frame [1, 1, C, h, w] -> its video frames [1 or 4, 3, H, W]."""
-        codec, (features, is_first) = self._codec, self.memory
-        raw = latent.to(codec.device, torch.float32) * codec.std + codec.mean
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents [1, F, C, h, w], the first one of a video alone -> their video frames [4 F or 1, 3, H, W]."""
+        codec = self._codec
+        raw = latents.to(codec.device, torch.float32) * codec.std + codec.mean
         x = codec.net.post_quant_conv(raw.to(codec.dtype).transpose(1, 2))
-        x = codec.net.decoder(x, feat_cache=features, feat_idx=[0], first_chunk=is_first)
-        self.memory = features, False
+        x = Steps(self.memory, codec.join).decode(codec.net.decoder, x)
         return (0.5 * x[0].float().clamp(-1, 1) + 0.5).transpose(0, 1)
+
+
+def choose_join(device: torch.device) -> Join:
+    """How the decoder joins small steps: a kernel of ours where Triton can run, else plain operations."""
+    if not can_launch(device):
+        return PLAIN
+    from hforce.models.wan_join import KERNEL
+
+    return KERNEL
 
 
 def fresh(part: nn.Module) -> Features:

@@ -55,6 +55,7 @@ def look(config: Config, backbone: Backbone, prompt: str, seed: int) -> Tensor:
     chunks = backbone.geometry.span // backbone.geometry.chunk
     stream = build_stream(measuring(config, backbone, MODE), backbone, chunks, seed)
     assert isinstance(stream.cache, HeadCache), "attention is measured through the cache of the method"
+    stream.graphs = None  # which would not ask the watch in every pass
     stream.attend = watch = Watch(stream.cache, chunks - 1)
     for _ in stream.play([Take(backbone.encode_text(prompt), chunks)]):
         pass

@@ -1,0 +1,23 @@
+"""Which kernels scaled_dot_product_attention tries, the fastest first."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+HOPPER = 9  # major compute capability
+
+# cuDNN is the faster of the two on Hopper, FlashAttention-2 before it; each is skipped where it cannot run.
+_CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+_FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+_ALWAYS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+def vendor_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On CUDA the kernels that scaled_dot_product_attention tries, in order; elsewhere torch's own choice."""
+    if device.type != "cuda":
+        return nullcontext()
+    is_hopper = torch.cuda.get_device_capability(device)[0] >= HOPPER
+    return sdpa_kernel([*(_CUDNN_FIRST if is_hopper else _FLASH_FIRST), *_ALWAYS], set_priority=True)

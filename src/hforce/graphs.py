@@ -1,0 +1,109 @@
+"""Passes of the transformer recorded as CUDA graphs, and launched whole from then on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hforce.models.dit import TextContext
+
+log = logging.getLogger(__name__)
+
+WARM = 6  # passes in single steps before one is recorded: those of a chunk, and one of the next over the same memory
+MOST = 8  # recorded passes kept at a time
+
+Run = Callable[[Tensor, Tensor, TextContext], Tensor]
+"""A pass: latents [1, F, C, h, w], timesteps [1, F] and text -> flow [1, F, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A pass that reads `x` and `t` and writes `flow`, tensors of its own; `number` in the order of recording."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    t: Tensor
+    flow: Tensor
+    number: int
+
+
+class Graphs:
+    """Starting a pass of a billion weights takes Python about as long as the GPU needs for it; a recorded one, nothing.
+
+    A graph reads and writes the memory that it was recorded with. So there is one for every layout of the cache, which
+    names what a pass reads, and prompts are copied to one place. Where recording fails, passes go on in single steps.
+    """
+
+    def __init__(self) -> None:
+        self.replays: list[int] = []
+        """How often each recorded pass was launched, in the order of recording."""
+        self.nbytes = 0
+        """Memory that recorded passes keep for themselves."""
+        self._met: dict[Hashable, int] = {}
+        self._kept: dict[Hashable, Recorded] = {}
+        self._given: TextContext | None = None
+        self._text: TextContext | None = None
+        self._pool: Any = None
+        self._works = True
+
+    def __call__(self, run: Run, x: Tensor, t: Tensor, text: TextContext, layout: Hashable | None) -> Tensor:
+        """Makes a pass, launched from a graph where there is one. layout: of the cache; None: it is not known."""
+        key = (layout, x.shape)
+        if key not in self._kept and not self._is_due(key):
+            return run(x, t, text)
+        self._read(text)
+        if key not in self._kept and not self._record(key, run, x, t):
+            return run(x, t, text)
+        kept = self._kept[key] = self._kept.pop(key)  # the last one used is the last to go
+        kept.x.copy_(x)
+        kept.t.copy_(t)
+        kept.graph.replay()
+        self.replays[kept.number] += 1
+        return kept.flow.clone()
+
+    def _is_due(self, key: tuple[Hashable | None, torch.Size]) -> bool:
+        """Counts a pass; whether it is to be recorded."""
+        if key[0] is None or not self._works:
+            return False
+        self._met[key] = self._met.pop(key, 0) + 1
+        if len(self._met) > MOST:
+            del self._met[next(iter(self._met))]
+        return self._met[key] > WARM
+
+    def _read(self, text: TextContext) -> None:
+        """Brings a prompt to where graphs read it."""
+        if text is self._given:
+            return
+        if self._text is None:
+            self._text = TextContext(*(tuple(x.clone() for x in part) for part in (text.keys, text.values)))
+        else:
+            torch._foreach_copy_([*self._text.keys, *self._text.values], [*text.keys, *text.values])
+        self._given = text
+
+    def _record(self, key: Hashable, run: Run, x: Tensor, t: Tensor) -> bool:
+        """Records a pass, which does not make it. Returns whether it could be."""
+        assert self._text is not None, "there is a prompt before there is a pass"
+        x, t, graph, before = x.clone(), t.clone(), torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(x.device)
+        try:
+            # What other threads do meanwhile, as decoding, is no part of it.
+            with (
+                torch.cuda.device(x.device),
+                torch.cuda.graph(graph, self._pool, torch.cuda.Stream(x.device), capture_error_mode="thread_local"),
+            ):
+                flow = run(x, t, self._text)
+        except RuntimeError as error:
+            log.warning("passes run in single steps, for recording one failed: %s", str(error).partition("\n")[0])
+            self._works = False
+            return False
+        self._pool = graph.pool()
+        self.nbytes += max(0, torch.cuda.memory_reserved(x.device) - before)
+        self._kept[key] = Recorded(graph, x, t, flow, len(self.replays))
+        self.replays.append(0)
+        if len(self._kept) > MOST:
+            del self._kept[next(iter(self._kept))]
+        return True

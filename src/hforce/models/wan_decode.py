@@ -1,0 +1,125 @@
+"""The decoder of Wan2.1's autoencoder as a stream: all latents of a chunk at once, channels last, one step to norm.
+
+The weights are those of diffusers' AutoencoderKLWan, and what comes out is what its own decoder makes, latent by
+latent. Two things are done otherwise. A convolution in time reads its input and the two frames before it from one
+tensor, to which the norm before it writes directly. And sums, biases, norms and activations between two convolutions
+are one step over the values (`Join`), which is a kernel of ours where Triton runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAST = 2  # frames that a convolution in time looks back
+Features = list[Tensor | None]
+"""For every convolution in time the last two frames it read, [1, C, 2, h, w]; None before the first."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """x + y + bias, not added up yet: x, y [1, C, T, h, w], bias [C]."""
+
+    x: Tensor
+    y: Tensor | None = None
+    bias: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Added up."""
+        x = self.x if self.y is None else self.x + self.y
+        return x if self.bias is None else x + self.bias[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Adds up, norms, and puts what a convolution in time reads in one tensor, with a `border` of so many zeros around.
+
+    join: a sum, the gains [C] of a norm, and the frames before (None: zeros) -> the total [1, C, T, h, w], and
+    silu(norm(total)) behind those frames, [1, C, 2 + T, h + 2 border, w + 2 border].
+    """
+
+    join: Callable[[Sum, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    border: int
+
+
+def join(parts: Sum, gain: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`Join` in plain operations, without a border. The norm is to length 1, times the root of the channels' number."""
+    total = parts.total()
+    unit = F.normalize(total.float(), dim=1).to(total.dtype) * total.shape[1] ** 0.5
+    return total, _behind(past, F.silu(unit * gain[:, None, None, None]))
+
+
+PLAIN = Join(join, border=0)
+
+
+def to_channels_last(net: nn.Module) -> None:
+    """Lays out the weights of all convolutions as these kernels read them. Their values stay."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            form = torch.channels_last if isinstance(layer, nn.Conv2d) else torch.channels_last_3d
+            layer.weight.data = layer.weight.data.contiguous(memory_format=form)
+
+
+class Steps:
+    """One run of a decoder over latents: walks through its layers, and in the same order through what they remember."""
+
+    def __init__(self, features: Features, join: Join) -> None:
+        self._features, self._join, self._at = features, join, -1
+
+    def decode(self, net: Any, x: Tensor) -> Tensor:
+        """x [1, C, T, h, w] -> video [1, 3, 4 T, 8 h, 8 w], or 4 T - 3 frames where the video begins (T is 1 there)."""
+        x = self._convolve(net.conv_in, _behind(self._next(), x))
+        part = self._resnet(net.mid_block.resnets[0], Sum(x, bias=net.conv_in.bias))
+        for attention, resnet in zip(net.mid_block.attentions, net.mid_block.resnets[1:], strict=True):
+            part = self._resnet(resnet, Sum(attention(part.total())))
+        for block in net.up_blocks:
+            for resnet in block.resnets:
+                part = self._resnet(resnet, part)
+            if block.upsamplers is not None:
+                part = self._enlarge(block.upsamplers[0], part.total())
+        return self._normed(net.norm_out, net.conv_out, part)[1] + net.conv_out.bias[:, None, None, None]
+
+    def _resnet(self, block: Any, parts: Sum) -> Sum:
+        x, y = self._normed(block.norm1, block.conv1, parts)
+        _, y = self._normed(block.norm2, block.conv2, Sum(y, bias=block.conv1.bias))
+        return Sum(block.conv_shortcut(x), y, block.conv2.bias)
+
+    def _normed(self, norm: Any, conv: Any, parts: Sum) -> tuple[Tensor, Tensor]:
+        """The total of a sum, and a convolution of its norm, without the bias."""
+        total, normed = self._join.join(parts, norm.gamma.flatten(), self._next())
+        return total, self._convolve(conv, normed, self._join.border)
+
+    def _convolve(self, conv: Any, x: Tensor, border: int = 0) -> Tensor:
+        """x [1, C, 2 + T, h, w] with a border, T frames behind the two before them -> [1, C', T, h, w]."""
+        rows, columns = (slice(border, size - border) for size in x.shape[-2:])
+        self._features[self._at] = x[:, :, -PAST:, rows, columns].clone(memory_format=torch.channels_last_3d)
+        _, height, width = conv.kernel_size
+        return F.conv3d(x, conv.weight, padding=(0, height // 2 - border, width // 2 - border))
+
+    def _enlarge(self, layer: Any, x: Tensor) -> Sum:
+        """Twice the size, and twice the frames, if it says so; the first latent of a video stays one frame."""
+        if layer.mode == "upsample3d":
+            past = self._next()
+            if past is None:
+                self._features[self._at] = torch.zeros_like(x[:, :, :1]).repeat(1, 1, PAST, 1, 1)
+            else:
+                both = self._convolve(layer.time_conv, _behind(past, x)) + layer.time_conv.bias[:, None, None, None]
+                x = both.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        conv, frames = layer.resample[1], x[0].permute(1, 2, 3, 0)
+        wide = frames[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)  # each pixel twice
+        return Sum(F.conv2d(wide.permute(0, 3, 1, 2), conv.weight, padding=1).transpose(0, 1)[None], bias=conv.bias)
+
+    def _next(self) -> Tensor | None:
+        self._at += 1
+        return self._features[self._at]
+
+
+def _behind(past: Tensor | None, x: Tensor) -> Tensor:
+    """x [1, C, T, h, w] behind the frames before: [1, C, 2 + T, h, w], channels last."""
+    past = torch.zeros_like(x[:, :, :1]).repeat(1, 1, PAST, 1, 1) if past is None else past
+    return torch.cat([past, x], dim=2).contiguous(memory_format=torch.channels_last_3d)
