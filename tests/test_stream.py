@@ -408,7 +408,8 @@ def test_recorded_passes_make_the_same_video(name: str) -> None:
     made, graphs = [], Graphs()
     for each in (None, graphs):
         cache = HeadCache(geometry_of(wan, GRID), roles, FORCING, dtype, "cuda", backend)
-        stream = Stream(wan, cache, Sampling(STEPS, first_frames=1), SHAPE, seeded(0), Switch("recache", 6), graphs=each)
+        sampling, switch = Sampling(STEPS, first_frames=1), Switch("recache", 6)
+        stream = Stream(wan, cache, sampling, SHAPE, seeded(0), switch, graphs=each)
         made.append([chunk.latents for _ in range(2) for chunk in stream.play(takes(9, 7, 8))])
     assert len(graphs.replays) > 1 and sum(graphs.replays) > 40 and graphs.nbytes > 0
     for one, other in zip(*made, strict=True):

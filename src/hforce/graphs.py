@@ -14,7 +14,7 @@ from hforce.models.dit import TextContext
 
 log = logging.getLogger(__name__)
 
-WARM = 6  # passes in single steps before one is recorded: those of a chunk, and one of the next over the same memory
+WARM = 1  # passes in single steps before one is recorded, in which libraries choose their kernels
 MOST = 8  # recorded passes kept at a time
 
 Run = Callable[[Tensor, Tensor, TextContext], Tensor]
@@ -49,6 +49,7 @@ class Graphs:
         self._given: TextContext | None = None
         self._text: TextContext | None = None
         self._pool: Any = None
+        self._queue: torch.cuda.Stream | None = None
         self._works = True
 
     def __call__(self, run: Run, x: Tensor, t: Tensor, text: TextContext, layout: Hashable | None) -> Tensor:
@@ -89,13 +90,16 @@ class Graphs:
         """Records a pass, which does not make it. Returns whether it could be."""
         assert self._text is not None, "there is a prompt before there is a pass"
         x, t, graph, before = x.clone(), t.clone(), torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(x.device)
+        self._queue = self._queue or torch.cuda.Stream(x.device)
         try:
-            # What other threads do meanwhile, as decoding, is no part of it.
-            with (
-                torch.cuda.device(x.device),
-                torch.cuda.graph(graph, self._pool, torch.cuda.Stream(x.device), capture_error_mode="thread_local"),
-            ):
-                flow = run(x, t, self._text)
+            with torch.cuda.device(x.device), torch.cuda.stream(self._queue):
+                # Not by torch.cuda.graph, which collects garbage and gives all free memory back before every recording.
+                # What other threads do meanwhile, as decoding, is no part of it.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    flow = run(x, t, self._text)
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:
             log.warning("passes run in single steps, for recording one failed: %s", str(error).partition("\n")[0])
             self._works = False

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hforce.attention.vendor import vendor_kernels
 from hforce.cache.heads import CacheStats
 from hforce.errors import DataError
 from hforce.geometry import Geometry
@@ -183,7 +184,8 @@ class Stream:
         return self.graphs(self._run, x, t, text, layout) if self.graphs else self._run(x, t, text)
 
     def _run(self, x: Tensor, t: Tensor, text: TextContext) -> Tensor:
-        return self.model(x, t, text, self.attend or self.cache.attend)
+        with vendor_kernels(x.device):
+            return self.model(x, t, text, self.attend or self.cache.attend)
 
     def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> Iterator[Chunk]:
         """Commits latents that were not made here, in chunks; the first one takes what does not divide."""

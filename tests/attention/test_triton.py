@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason='the kernel is tested where there is triton
 # The interpreter multiplies bfloat16 as if it were whole numbers, so float16 stands for half precision here.
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 1e-2)]
 NAMES = ["triton", "triton-key"]
+HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILE = """
 import sys
 import triton
@@ -50,38 +51,38 @@ sys.stdout.write("compiled")
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_the_kernel_is_softmax_attention(name: str, width: int, dtype: torch.dtype, tolerance: float) -> None:
     """Head dims that are a power of two and such that are not; frames of 5 tokens fit no tile."""
-    agree(make_backend(name), Ragged((3, 9, 6), width=width, tokens=5, queries=7, dtype=dtype), tolerance)
+    agree(make_backend(name), Ragged((3, 9, 6), width=width, tokens=5, queries=7, dtype=dtype, device=HERE), tolerance)
 
 
 @pytest.mark.parametrize("slots", [(1,), (3, 3), (9, 9, 9), (1, 9, 4, 9)])
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_may_read_anything_from_one_frame_to_all_there_is_room_for(name: str, slots: Sequence[int]) -> None:
-    agree(make_backend(name), Ragged(slots, seed=1), 1e-5)
+    agree(make_backend(name), Ragged(slots, seed=1, device=HERE), 1e-5)
 
 
 @pytest.mark.parametrize(("queries", "tokens"), [(1, 1), (33, 4), (40, 33), (12, 70)])
 @pytest.mark.parametrize("name", NAMES)
 def test_queries_and_frames_need_not_fill_a_tile(name: str, queries: int, tokens: int) -> None:
     """Tiles are 32 by 32: one that is hardly begun, several, and a frame that ends within one."""
-    agree(make_backend(name), Ragged((3, 2), queries=queries, tokens=tokens, room=3), 1e-5)
+    agree(make_backend(name), Ragged((3, 2), queries=queries, tokens=tokens, room=3, device=HERE), 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_every_slot_is_turned_by_its_own_time(seed: int) -> None:
     """Times are a random choice out of 0 .. 20 frames back, in any order, another for every head and seed."""
-    agree(make_backend("triton"), Ragged((9, 5), seed=seed), 1e-5)
+    agree(make_backend("triton"), Ragged((9, 5), seed=seed, device=HERE), 1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_slots_does_not_matter(name: str) -> None:
-    ragged, backend = Ragged((9, 5, 7)), make_backend(name)
+    ragged, backend = Ragged((9, 5, 7), device=HERE), make_backend(name)
     for seed in range(3):
         agree(backend, ragged.shuffled(seed), 1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_large_logits_do_not_overflow(name: str) -> None:
-    ragged = Ragged((9, 5))
+    ragged = Ragged((9, 5), device=HERE)
     ragged.query *= 100
     agree(make_backend(name), ragged, 1e-4)
 
@@ -92,7 +93,7 @@ def test_a_chunk_is_turned_and_written_where_every_head_reads_it(dtype: torch.dt
     """Rows of 36 values, of which a program takes all, and of 2304, which take three."""
     from hforce.attention.triton_kernel import place
 
-    places_a_chunk(place, dtype, width)
+    places_a_chunk(place, dtype, width, HERE)
 
 
 @pytest.mark.slow

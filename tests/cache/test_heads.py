@@ -429,12 +429,15 @@ def test_turning_queries_gives_what_turning_keys_gives(
 ) -> None:
     """A long roll-out with evictions, episodes, a change of prompt, and chunks forgotten and made again."""
     geometry = Geometry(len(rows), HEADS, WIDTH, GRID, chunk)
+    device = "cuda" if name.startswith("triton") and torch.cuda.is_available() else "cpu"
     keys, queries = (
-        HeadCache(geometry, role_map(*rows), policies, backend=whole_backend(each)) for each in ("sdpa", name)
+        HeadCache(geometry, role_map(*rows), policies, device=device, backend=whole_backend(each))
+        for each in ("sdpa", name)
     )
     for number in range(14):
         for seed in (100 + number, number) if number % 4 == 0 else (number,):  # a noisy pass before the clean one
-            part = clip(chunk if number else 1, len(rows), seed=seed)  # the first chunk is short
+            q, k, v = clip(chunk if number else 1, len(rows), seed=seed)  # the first chunk is short
+            part = q.to(device), k.to(device), v.to(device)
             close(chunk_pass(queries.attend, part), chunk_pass(keys.attend, part))
         for cache in (keys, queries):
             cache.advance(shot=number // 7)

@@ -18,7 +18,6 @@ from torch import Tensor
 from hforce.attention import reference
 from hforce.attention.layout import PLAIN, Attention, Backend, Keeping, LayerView, view_of
 from hforce.attention.timing import Layer, enter, race
-from hforce.attention.vendor import vendor_kernels
 from hforce.errors import BackendError
 from hforce.rules import nearest
 
@@ -41,13 +40,12 @@ class Entry:
 
 
 def attend_dense(query: Tensor, view: LayerView) -> Tensor:
-    """One scaled_dot_product_attention for every run of heads that read equally many tokens."""
+    """One scaled_dot_product_attention for every run of heads that read equally many tokens; see `vendor_kernels`."""
     query = query.transpose(0, 1)[None]
-    with vendor_kernels(query.device):
-        outs = [
-            F.scaled_dot_product_attention(query[:, run.first : run.last], run.keys[None], run.values[None])
-            for run in view.runs
-        ]
+    outs = [
+        F.scaled_dot_product_attention(query[:, run.first : run.last], run.keys[None], run.values[None])
+        for run in view.runs
+    ]
     out = torch.cat([out.transpose(1, 2) for out in outs], dim=2) if len(outs) > 1 else outs[0].transpose(1, 2)
     return out[0]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hforce.attention.layout import Backend, LayerView, Turns, view_of
 from hforce.attention.rope import rotary_pairs
+from hforce.attention.vendor import vendor_kernels
 
 ROUNDS = 7  # timed calls of every backend
 
@@ -64,13 +65,14 @@ def _random_turns(layer: Layer, device: torch.device, draw: torch.Generator) -> 
 
 def race(calls: Sequence[Callable[[], Tensor]], device: torch.device, rounds: int = ROUNDS) -> list[float]:
     """Median seconds of every call. All are warmed up, then take turns, every second round backwards."""
-    for call in calls:
-        call()
     times: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds):
-        turn = range(len(calls)) if number % 2 == 0 else reversed(range(len(calls)))
-        for place in turn:
-            times[place].append(_seconds(calls[place], device))
+    with vendor_kernels(device):
+        for call in calls:
+            call()
+        for number in range(rounds):
+            turn = range(len(calls)) if number % 2 == 0 else reversed(range(len(calls)))
+            for place in turn:
+                times[place].append(_seconds(calls[place], device))
     return [median(x) for x in times]
 
 

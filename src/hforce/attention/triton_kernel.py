@@ -28,7 +28,7 @@ class Tiles:
     stages: int
 
 
-HALF_TILES = Tiles(128, 64, 8, 3)
+HALF_TILES = Tiles(64, 64, 4, 3)
 FULL_TILES = Tiles(32, 32, 4, 2)  # float32 takes twice the shared memory, and is for comparing, not for speed
 
 

@@ -16,7 +16,10 @@ _ALWAYS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 def vendor_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA the kernels that scaled_dot_product_attention tries, in order; elsewhere torch's own choice."""
+    """On CUDA the kernels that scaled_dot_product_attention tries, in order; elsewhere torch's own choice.
+
+    To be entered around a whole pass: it takes as long as starting a kernel.
+    """
     if device.type != "cuda":
         return nullcontext()
     is_hopper = torch.cuda.get_device_capability(device)[0] >= HOPPER

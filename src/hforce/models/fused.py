@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from hforce.attention.vendor import vendor_kernels
 from hforce.models.dit import Block, Gelu, Projections, RMSNorm
 
 NONE = -1  # instead of the place of a part of the modulation: there is none
@@ -92,8 +91,7 @@ def after(block: Block, x: Tensor, heads: Tensor, time: Tensor, keys: Tensor, va
 def read_text(attention: Projections, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """`CrossAttention.forward`. x [B, N, dim], keys and values [B runs, H, T, D] -> [B, N, dim]."""
     q = normed_(attention.q(x), attention.norm_q).reshape(keys.shape[0], -1, x.shape[-1])
-    with vendor_kernels(x.device):
-        seen = F.scaled_dot_product_attention(attention.split(q).transpose(1, 2), keys, values)
+    seen = F.scaled_dot_product_attention(attention.split(q).transpose(1, 2), keys, values)
     return attention.o(seen.transpose(1, 2).reshape(x.shape))
 
 

@@ -3,7 +3,7 @@
 The weights are those of diffusers' AutoencoderKLWan, and what comes out is what its own decoder makes, latent by
 latent. Two things are done otherwise. A convolution in time reads its input and the two frames before it from one
 tensor, to which the norm before it writes directly. And sums, biases, norms and activations between two convolutions
-are one step over the values (`Join`), which is a kernel of ours where Triton runs.
+are one step over the values (`Between`), which is a kernel of ours where Triton runs.
 """
 
 from __future__ import annotations
@@ -36,25 +36,31 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Join:
-    """Adds up, norms, and puts what a convolution in time reads in one tensor, with a `border` of so many zeros around.
+class Between:
+    """What stands between two convolutions.
 
     join: a sum, the gains [C] of a norm, and the frames before (None: zeros) -> the total [1, C, T, h, w], and
-    silu(norm(total)) behind those frames, [1, C, 2 + T, h + 2 border, w + 2 border].
+    silu(norm(total)) behind those frames, [1, C, 2 + T, h, w].
+    double: pictures [T, C, h, w] -> every pixel twice each way, [T, C, 2 h, 2 w].
     """
 
     join: Callable[[Sum, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    border: int
+    double: Callable[[Tensor], Tensor]
 
 
 def join(parts: Sum, gain: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`Join` in plain operations, without a border. The norm is to length 1, times the root of the channels' number."""
+    """`Between.join` in plain operations. The norm is to length 1, times the root of the number of channels."""
     total = parts.total()
     unit = F.normalize(total.float(), dim=1).to(total.dtype) * total.shape[1] ** 0.5
     return total, _behind(past, F.silu(unit * gain[:, None, None, None]))
 
 
-PLAIN = Join(join, border=0)
+def double(x: Tensor) -> Tensor:
+    """`Between.double` in plain operations."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+
+
+PLAIN = Between(join, double)
 
 
 def to_channels_last(net: nn.Module) -> None:
@@ -68,8 +74,8 @@ def to_channels_last(net: nn.Module) -> None:
 class Steps:
     """One run of a decoder over latents: walks through its layers, and in the same order through what they remember."""
 
-    def __init__(self, features: Features, join: Join) -> None:
-        self._features, self._join, self._at = features, join, -1
+    def __init__(self, features: Features, between: Between) -> None:
+        self._features, self._between, self._at = features, between, -1
 
     def decode(self, net: Any, x: Tensor) -> Tensor:
         """x [1, C, T, h, w] -> video [1, 3, 4 T, 8 h, 8 w], or 4 T - 3 frames where the video begins (T is 1 there)."""
@@ -91,15 +97,14 @@ class Steps:
 
     def _normed(self, norm: Any, conv: Any, parts: Sum) -> tuple[Tensor, Tensor]:
         """The total of a sum, and a convolution of its norm, without the bias."""
-        total, normed = self._join.join(parts, norm.gamma.flatten(), self._next())
-        return total, self._convolve(conv, normed, self._join.border)
+        total, normed = self._between.join(parts, norm.gamma.flatten(), self._next())
+        return total, self._convolve(conv, normed)
 
-    def _convolve(self, conv: Any, x: Tensor, border: int = 0) -> Tensor:
-        """x [1, C, 2 + T, h, w] with a border, T frames behind the two before them -> [1, C', T, h, w]."""
-        rows, columns = (slice(border, size - border) for size in x.shape[-2:])
-        self._features[self._at] = x[:, :, -PAST:, rows, columns].clone(memory_format=torch.channels_last_3d)
+    def _convolve(self, conv: Any, x: Tensor) -> Tensor:
+        """x [1, C, 2 + T, h, w], T frames behind the two before them -> [1, C', T, h, w], without the bias."""
+        self._features[self._at] = x[:, :, -PAST:].clone()
         _, height, width = conv.kernel_size
-        return F.conv3d(x, conv.weight, padding=(0, height // 2 - border, width // 2 - border))
+        return F.conv3d(x, conv.weight, padding=(0, height // 2, width // 2))
 
     def _enlarge(self, layer: Any, x: Tensor) -> Sum:
         """Twice the size, and twice the frames, if it says so; the first latent of a video stays one frame."""
@@ -110,9 +115,8 @@ class Steps:
             else:
                 both = self._convolve(layer.time_conv, _behind(past, x)) + layer.time_conv.bias[:, None, None, None]
                 x = both.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-        conv, frames = layer.resample[1], x[0].permute(1, 2, 3, 0)
-        wide = frames[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)  # each pixel twice
-        return Sum(F.conv2d(wide.permute(0, 3, 1, 2), conv.weight, padding=1).transpose(0, 1)[None], bias=conv.bias)
+        conv, pictures = layer.resample[1], self._between.double(x[0].transpose(0, 1))
+        return Sum(F.conv2d(pictures, conv.weight, padding=1).transpose(0, 1)[None], bias=conv.bias)
 
     def _next(self) -> Tensor | None:
         self._at += 1

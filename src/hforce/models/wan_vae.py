@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hforce.errors import CheckpointError, DataError
 from hforce.extras import optional
 from hforce.models.base import DecoderNeeds
 from hforce.models.mapped import Entry
-from hforce.models.wan_decode import PLAIN, Join, Steps, to_channels_last
+from hforce.models.wan_decode import PLAIN, Between, Steps, to_channels_last
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import load_strictly
 
@@ -47,7 +48,7 @@ class WanCodec:
     def __init__(self, net: Any) -> None:
         self.net = net
         self.mean, self.std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
-        self.join = choose_join(self.device)
+        self.between = choose_between(self.device)
         to_channels_last(net.decoder)
 
     @property
@@ -95,24 +96,34 @@ class WanDecoder:
         """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1, T = 4F, or 4F - 3 at the start of a video."""
         begins = self.memory[0] is None
         sizes = [1, latents.shape[1] - 1] if begins and latents.shape[1] > 1 else [latents.shape[1]]
-        return torch.cat([self._decode(part) for part in latents.split(sizes, dim=1)])
+        with fastest_convolutions():
+            return torch.cat([self._decode(part) for part in latents.split(sizes, dim=1)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents [1, F, C, h, w], the first one of a video alone -> their video frames [4 F or 1, 3, H, W]."""
         codec = self._codec
         raw = latents.to(codec.device, torch.float32) * codec.std + codec.mean
         x = codec.net.post_quant_conv(raw.to(codec.dtype).transpose(1, 2))
-        x = Steps(self.memory, codec.join).decode(codec.net.decoder, x)
+        x = Steps(self.memory, codec.between).decode(codec.net.decoder, x)
         return (0.5 * x[0].float().clamp(-1, 1) + 0.5).transpose(0, 1)
 
 
-def choose_join(device: torch.device) -> Join:
-    """How the decoder joins small steps: a kernel of ours where Triton can run, else plain operations."""
+def fastest_convolutions() -> AbstractContextManager[None]:
+    """Lets cuDNN try its algorithms on every new shape and keep the fastest: its own guess took half as long again.
+
+    Which one is the fastest may change from run to run, and with it the last bit of a value.
+    """
+    now = torch.backends.cudnn
+    return now.flags(now.enabled, benchmark=True, deterministic=now.deterministic, allow_tf32=now.allow_tf32)
+
+
+def choose_between(device: torch.device) -> Between:
+    """What stands between convolutions: kernels of ours where Triton can run, else plain operations."""
     if not can_launch(device):
         return PLAIN
-    from hforce.models.wan_join import KERNEL
+    from hforce.models.wan_join import KERNELS
 
-    return KERNEL
+    return KERNELS
 
 
 def fresh(part: nn.Module) -> Features:
