@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 
@@ -33,7 +34,6 @@ from hforce.cache.roles import head_order
 from hforce.config import with_setup
 from hforce.decoding import Decoded, decoded, to_bytes
 from hforce.errors import ConfigError, HforceError
-from hforce.graphs import Graphs
 from hforce.machine import (
     Clock,
     Stopwatch,
@@ -181,7 +181,7 @@ class Entrant:
 
     def again(self) -> Entrant:
         """The same setup with a cache of its own, from the start to chunk number EARLY, untimed."""
-        graphs = self.stream.graphs and Graphs()
+        graphs = self.stream.graphs and self.stream.graphs.again()
         stream = replace(self.stream, cache=copy.deepcopy(self.stream.cache), graphs=graphs)
         young = replace(self, stream=stream, edges=None, samples=[], done=0, beside={})
         young._player = young._play()
@@ -330,6 +330,7 @@ def enter(
     stream = build_stream(config, backbone, course.plan.total, course.seed)
     if setup == EAGER:
         backbone.model.separate_blocks()
+        stream.kernels = lambda device: nullcontext()
         stream.cache = EagerWindow(backbone.geometry, weight_type(backbone), str(device_of(backbone)))
     clock = stream.clock = device_clock(device_of(backbone))
     judged = backbone.name == JUDGED and not backbone.is_random and backbone.size == (PIXELS, PIXELS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hforce import memory
-from hforce.attention.backends import can_launch, check_backend, choose_backend, turns_queries
+from hforce.attention.backends import SDPA, can_launch, check_backend, choose_backend, turns_queries
 from hforce.attention.timing import Layer
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
@@ -23,7 +23,7 @@ from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
 from hforce.errors import ConfigError, DataError, InputError, UnavailableError
 from hforce.geometry import Geometry
-from hforce.graphs import Graphs
+from hforce.graphs import AT_ONCE, NEXT_CHUNK, Graphs
 from hforce.models.base import Backbone, Blueprint, Codec, Described, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
 from hforce.models.hub import pin, read_id, resolve
@@ -222,6 +222,7 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
     backbone.model.order_heads(order)
     ordered = RoleMap(tuple(tuple(roles.at(layer, head) for head in row) for layer, row in enumerate(order)))
     cache = build_cache(config.cache, backbone, ordered, chunks)
+    patience = NEXT_CHUNK if cache.backend.name == SDPA.name else AT_ONCE
     return Stream(
         backbone.model,
         cache,
@@ -229,7 +230,7 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
         backbone.shape,
         seeded(config.sample.seed if seed is None else seed),
         Switch(config.cache.switch, config.cache.recache_frames),
-        graphs=Graphs() if records_passes(config.model, backbone.device) else None,
+        graphs=Graphs(patience) if records_passes(config.model, backbone.device) else None,
     )
 
 

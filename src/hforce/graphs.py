@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hforce.attention.vendor import vendor_kernels
 from hforce.models.dit import TextContext
 
 log = logging.getLogger(__name__)
 
-WARM = 1  # passes in single steps before one is recorded, in which libraries choose their kernels
+AT_ONCE, NEXT_CHUNK = 1, 6  # passes in single steps before one is recorded: in the last, libraries choose their kernels
 MOST = 8  # recorded passes kept at a time
 
 Run = Callable[[Tensor, Tensor, TextContext], Tensor]
@@ -37,9 +38,13 @@ class Graphs:
 
     A graph reads and writes the memory that it was recorded with. So there is one for every layout of the cache, which
     names what a pass reads, and prompts are copied to one place. Where recording fails, passes go on in single steps.
+
+    patience: how many passes over a layout are made in single steps first. Where attention plans for every shape, that
+    is worth it only for layouts that stay for more than a chunk (NEXT_CHUNK).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: int = AT_ONCE) -> None:
+        self._patience = patience
         self.replays: list[int] = []
         """How often each recorded pass was launched, in the order of recording."""
         self.nbytes = 0
@@ -52,14 +57,20 @@ class Graphs:
         self._queue: torch.cuda.Stream | None = None
         self._works = True
 
+    def again(self) -> Graphs:
+        """New ones, for the same model and another cache."""
+        return Graphs(self._patience)
+
     def __call__(self, run: Run, x: Tensor, t: Tensor, text: TextContext, layout: Hashable | None) -> Tensor:
         """Makes a pass, launched from a graph where there is one. layout: of the cache; None: it is not known."""
         key = (layout, x.shape)
-        if key not in self._kept and not self._is_due(key):
-            return run(x, t, text)
-        self._read(text)
-        if key not in self._kept and not self._record(key, run, x, t):
-            return run(x, t, text)
+        met = 0 if key in self._kept else self._count(key)
+        with vendor_kernels(x.device, in_haste=0 < met < self._patience):
+            if 0 < met <= self._patience or layout is None or not self._works:
+                return run(x, t, text)
+            self._read(text)
+            if met and not self._record(key, run, x, t):
+                return run(x, t, text)
         kept = self._kept[key] = self._kept.pop(key)  # the last one used is the last to go
         kept.x.copy_(x)
         kept.t.copy_(t)
@@ -67,14 +78,12 @@ class Graphs:
         self.replays[kept.number] += 1
         return kept.flow.clone()
 
-    def _is_due(self, key: tuple[Hashable | None, torch.Size]) -> bool:
-        """Counts a pass; whether it is to be recorded."""
-        if key[0] is None or not self._works:
-            return False
+    def _count(self, key: Hashable) -> int:
+        """How often a pass was met, this time included."""
         self._met[key] = self._met.pop(key, 0) + 1
         if len(self._met) > MOST:
             del self._met[next(iter(self._met))]
-        return self._met[key] > WARM
+        return self._met[key]
 
     def _read(self, text: TextContext) -> None:
         """Brings a prompt to where graphs read it."""

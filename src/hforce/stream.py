@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -109,7 +110,7 @@ class Stream:
 
     shape is (C, h, w) of a latent frame. attend defaults to the cache's own; a profiler wraps it. clock measures
     seconds and must wait for the device where work is queued. graphs, on CUDA, launch passes whole, which `attend` is
-    then not called in.
+    then not called in; kernels is entered around those that are not.
     """
 
     model: CausalWan
@@ -120,7 +121,9 @@ class Stream:
     switch: Switch = field(default_factory=Switch)
     attend: Attend | None = None
     graphs: Graphs | None = None
+    kernels: Callable[[torch.device], AbstractContextManager[None]] = vendor_kernels
     clock: Callable[[], float] = time.perf_counter
+    _drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False)  # ahead: see `_draw_ahead`
 
     @torch.inference_mode()
     def play(self, script: Iterable[Take], given: Tensor | None = None) -> Iterator[Chunk]:
@@ -153,6 +156,7 @@ class Stream:
         frames = (is_first and self.sampling.first_frames) or self.cache.geometry.chunk
         steps = (opens and self.sampling.first_steps) or self.sampling.steps
         clean = self._denoise(self._draw(number, frames, steps), steps, text)
+        self._draw_ahead(number + 1)
         if not bool(torch.isfinite(clean).all()):
             raise DataError(
                 f"chunk {number} holds values that are not finite after denoising",
@@ -164,7 +168,18 @@ class Stream:
 
     def _draw(self, number: int, frames: int, steps: Sequence[Step]) -> list[Tensor]:
         """All noise of a chunk, [1, F, C, h, w] each, on the device before its first pass: none waits for it."""
-        return [self._to_device(x) for x in islice(self.noise(number, (1, frames, *self.shape)), len(steps))]
+        drawn = self._drawn.pop((number, frames), [])
+        if len(drawn) < len(steps):
+            drawn = [self._to_device(x) for x in islice(self.noise(number, (1, frames, *self.shape)), len(steps))]
+        return drawn[: len(steps)]
+
+    def _draw_ahead(self, number: int) -> None:
+        """Draws the noise of the next chunk, should there be one, while a GPU is busy with this one."""
+        device, frames = self.model.patch_embedding.weight.device, self.cache.geometry.chunk
+        if device.type == "cuda":
+            draws = islice(self.noise(number, (1, frames, *self.shape)), len(self.sampling.steps))
+            moved = [x.pin_memory().to(device, non_blocking=True) for x in draws]
+            self._drawn = {(number, frames): [self._to_device(x) for x in moved]}
 
     def _denoise(self, noise: Sequence[Tensor], steps: Sequence[Step], text: TextContext) -> Tensor:
         """The denoising passes; nothing in them waits for the device."""
@@ -181,11 +196,13 @@ class Stream:
     def _flow(self, x: Tensor, timestep: float, text: TextContext) -> Tensor:
         t = torch.full(x.shape[:2], timestep, device=x.device)
         layout = self.cache.open(x.shape[1])
-        return self.graphs(self._run, x, t, text, layout) if self.graphs else self._run(x, t, text)
+        if self.graphs:
+            return self.graphs(self._run, x, t, text, layout)
+        with self.kernels(x.device):
+            return self._run(x, t, text)
 
     def _run(self, x: Tensor, t: Tensor, text: TextContext) -> Tensor:
-        with vendor_kernels(x.device):
-            return self.model(x, t, text, self.attend or self.cache.attend)
+        return self.model(x, t, text, self.attend or self.cache.attend)
 
     def _take_in(self, given: Tensor, text: TextContext, recent: deque[Tensor]) -> Iterator[Chunk]:
         """Commits latents that were not made here, in chunks; the first one takes what does not divide."""

@@ -74,7 +74,7 @@ class Ragged:
         turns = self._turns() if turning else None
         begin = torch.tensor(begins, dtype=torch.int32, device=self.device)
         ((length, order),) = tables([counts], self.device)
-        return LayerView(runs, keys, values, begin, length, order, size, turns)
+        return LayerView(runs, keys, values, begin, begin.long() * self.width, length, order, size, turns)
 
     def _turns(self) -> Turns:
         """Lanes in reverse, so that a lane is no head."""

@@ -78,7 +78,7 @@ def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
     assert caught.value.exit_code == 69
 
 
-@pytest.mark.parametrize("name", ["varlen", "triton", "triton-key"])
+@pytest.mark.parametrize("name", ["cudnn", "varlen", "triton", "triton-key"])
 def test_a_backend_that_cannot_run_here_says_why_and_what_can(name: str) -> None:
     with pytest.raises(BackendError, match=f"'{name}' needs (a CUDA device|the package triton)") as caught:
         choose_backend(name, LAYER, CPU, torch.float32)

@@ -109,7 +109,7 @@ def test_the_kernel_compiles_for_gpus_and_its_tiles_fit() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [5, 1560])
 @pytest.mark.parametrize("width", [12, 64, 128])
-@pytest.mark.parametrize("name", ["sdpa", "varlen", "triton", "triton-key", "reference"])
+@pytest.mark.parametrize("name", ["sdpa", "cudnn", "varlen", "triton", "triton-key", "reference"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 def test_backends_are_softmax_attention_on_a_gpu(
     name: str, tokens: int, width: int, dtype: torch.dtype, tolerance: float

@@ -475,7 +475,7 @@ def test_mass_on_frames_is_the_same_when_queries_are_turned() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sdpa", "varlen", "triton", "triton-key"])
+@pytest.mark.parametrize("name", ["sdpa", "cudnn", "varlen", "triton", "triton-key"])
 def test_attending_never_waits_for_the_gpu(name: str) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
     if reason := reasons(device, dtype, 64)[name]:

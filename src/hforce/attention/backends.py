@@ -18,6 +18,7 @@ from torch import Tensor
 from hforce.attention import reference
 from hforce.attention.layout import PLAIN, Attention, Backend, Keeping, LayerView, view_of
 from hforce.attention.timing import Layer, enter, race
+from hforce.attention.vendor import HOPPER
 from hforce.errors import BackendError
 from hforce.rules import nearest
 
@@ -166,6 +167,26 @@ def _triton_lacks(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     return ""
 
 
+def _cudnn_lacks(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    if device.type != "cuda":
+        return f"needs a CUDA device, and the model is on {device.type}"
+    if find_spec("cudnn") is None:
+        return 'needs the package nvidia-cudnn-frontend: pip install "hforce[cudnn]"'
+    if torch.cuda.get_device_capability(device)[0] < HOPPER:
+        return "needs a GPU of the Hopper generation or later"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, and the model is in {str(dtype).removeprefix('torch.')}"
+    if head_dim > WIDEST or head_dim % 8:
+        return f"needs heads of a multiple of 8 values, at most {WIDEST}, and these have {head_dim}"
+    return ""
+
+
+def _load_cudnn() -> Attention:
+    from hforce.attention.cudnn import attend
+
+    return attend
+
+
 def _load_triton() -> Attention:
     from hforce.attention.triton_kernel import attend
 
@@ -175,6 +196,7 @@ def _load_triton() -> Attention:
 BACKENDS: Mapping[str, Entry] = MappingProxyType(
     {
         "sdpa": Entry(lambda: attend_dense, _lacks_nothing),
+        "cudnn": Entry(_load_cudnn, _cudnn_lacks),
         "varlen": Entry(lambda: attend_varlen, _varlen_lacks),
         "triton": Entry(_load_triton, _triton_lacks, turns_queries=True),
         "triton-key": Entry(_load_triton, _triton_lacks),

@@ -50,6 +50,7 @@ class LayerView:
     keys: Tensor  # [tokens of all heads, D]
     values: Tensor  # [tokens of all heads, D]
     begin: Tensor  # int32 [H + 1], the last entry is the end of the store
+    offset: Tensor  # int64 [H + 1]: the same in values, D times as much
     length: Tensor  # int32 [H]
     order: Tensor  # int32 [H]: heads, the longest first
     longest: int  # tokens that a head may read at most
@@ -168,7 +169,8 @@ def view_of(keys: Tensor, values: Tensor, counts: Sequence[int], turns: Turns | 
         first = last
     begin = torch.tensor(begins, dtype=torch.int32, device=keys.device)
     ((length, order),) = tables([counts], keys.device)
-    return LayerView(tuple(runs), keys, values, begin, length, order, max(counts), turns)
+    offset = begin.long() * keys.shape[-1]
+    return LayerView(tuple(runs), keys, values, begin, offset, length, order, max(counts), turns)
 
 
 def tables(counts: Sequence[Sequence[int]], device: torch.device) -> Tensor:

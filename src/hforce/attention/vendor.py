@@ -15,12 +15,13 @@ _FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 _ALWAYS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
-def vendor_kernels(device: torch.device) -> AbstractContextManager[None]:
+def vendor_kernels(device: torch.device, in_haste: bool = False) -> AbstractContextManager[None]:
     """On CUDA the kernels that scaled_dot_product_attention tries, in order; elsewhere torch's own choice.
 
-    To be entered around a whole pass: it takes as long as starting a kernel.
+    in_haste: for shapes that will not come often. cuDNN plans for every new shape, which takes it tens of milliseconds.
+    To be entered around a whole pass, for that, too, takes as long as starting a kernel.
     """
     if device.type != "cuda":
         return nullcontext()
-    is_hopper = torch.cuda.get_device_capability(device)[0] >= HOPPER
-    return sdpa_kernel([*(_CUDNN_FIRST if is_hopper else _FLASH_FIRST), *_ALWAYS], set_priority=True)
+    is_for_cudnn = torch.cuda.get_device_capability(device)[0] >= HOPPER and not in_haste
+    return sdpa_kernel([*(_CUDNN_FIRST if is_for_cudnn else _FLASH_FIRST), *_ALWAYS], set_priority=True)

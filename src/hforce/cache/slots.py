@@ -44,6 +44,7 @@ class SlotStore:
         sizes = [[(chunk + strips[at].capacity) * geometry.tokens for at in self._lanes(layer)] for layer in layers]
         self._begins = [[*accumulate(row, initial=0)] for row in sizes]  # token of each head's begin, and the end
         self._begin = torch.tensor(self._begins, dtype=torch.int32, device=self._device)
+        self._offset = self._begin.long() * geometry.head_dim
         slots = [sum(self._size(layer, at) for at in order) for layer, order in enumerate(self._orders)]
         shape = (sum(slots), geometry.tokens, geometry.head_dim)
         self._keys, self._values = (self._zeros(*shape, dtype=dtype) for _ in range(2))
@@ -108,8 +109,8 @@ class SlotStore:
             begins = self._begins[layer]
             runs = tuple(self._runs(keys, values, begins, counts[layer]))
             longest = max(end - begin for begin, end in pairwise(begins))
-            view = LayerView(runs, keys, values, self._begin[layer], length, order, longest, self._turns[layer])
-            views.append(view)
+            place = self._begin[layer], self._offset[layer]
+            views.append(LayerView(runs, keys, values, *place, length, order, longest, self._turns[layer]))
         return views
 
     def _runs(self, keys: Tensor, values: Tensor, begins: Sequence[int], counts: Sequence[int]) -> Iterator[Run]:

@@ -1,4 +1,4 @@
-"""What stands between the convolutions of Wan2.1's decoder, each step one kernel of ours: twins of `wan_decode.PLAIN`."""
+"""What stands between the convolutions of Wan2.1's decoder, each step a kernel of ours: twins of `wan_decode.PLAIN`."""
 
 from __future__ import annotations
 
