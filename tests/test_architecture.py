@@ -17,7 +17,8 @@ TREES = {name: ast.parse((SOURCE / name).read_text(encoding="utf-8")) for name i
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 MAY_IMPORT_CONFIG = {"cli.py", "generate.py", "dry_run.py", "profile.py", "bench.py", "bench_kernels.py", "length.py",
                      "build.py", "sidecar.py", "toy/train.py", "toy/evaluate.py", "toy/heads.py"}  # fmt: skip
-KERNEL, BACKENDS = "attention/triton_kernel.py", "attention/backends.py"
+KERNELS = {"attention/triton_kernel.py", "models/fused.py", "models/wan_join.py"}  # in Triton
+OPTIONAL = {*KERNELS, "attention/cudnn.py"}
 HEAVY = {"torch", "transformers", "diffusers", "matplotlib", "triton"}
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}
 MUTATORS = {"append", "add", "update", "extend", "insert", "pop", "popitem", "clear", "remove", "setdefault", "discard"}
@@ -79,13 +80,14 @@ def test_configuration_stays_above():
     assert importers("hforce.config", "hforce.settings") <= MAY_IMPORT_CONFIG | {"config.py"}
 
 
-def test_triton_is_behind_one_door():
-    assert importers("triton") <= {KERNEL}
-    module = f"hforce.{KERNEL.removesuffix('.py').replace('/', '.')}"
-    assert importers(module) <= {BACKENDS}
-    if BACKENDS in TREES:
-        top = ast.Module([node for node in TREES[BACKENDS].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-        assert module not in imports(top, package_of(BACKENDS))
+@pytest.mark.parametrize("name", sorted(OPTIONAL))
+def test_what_needs_triton_or_cudnn_is_behind_one_door(name):
+    """Nobody else imports these packages; and each of the files that do is imported in one place, inside a function."""
+    assert importers("triton") == KERNELS and importers("cudnn") == OPTIONAL - KERNELS
+    module = f"hforce.{name.removesuffix('.py').replace('/', '.')}"
+    (door,) = importers(module)
+    top = ast.Module([node for node in TREES[door].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert module not in imports(top, package_of(door))
 
 
 def assigned(tree: ast.Module) -> Iterator[tuple[ast.stmt, str, ast.expr]]:

@@ -51,7 +51,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
     "cache.roles": one_of("profile", "inverse", "uniform", also=r"random:\d{1,18}", shown="random:SEED"),
     "cache.switch": one_of("keep", "flush", "recache"),
     "cache.recache_frames": within(0, 1000, " latent frames"),
-    "cache.backend": one_of("auto", "sdpa", "cudnn", "varlen", "triton", "triton-key", "reference"),
+    "cache.backend": one_of("vendor", "auto", "sdpa", "cudnn", "varlen", "triton", "triton-key", "reference"),
     "sample.steps": falling(1),
     "sample.first_steps": falling(0),
     "sample.shift": within(0.01, 100),

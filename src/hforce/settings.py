@@ -50,7 +50,7 @@ class CacheConfig:
     strict: bool = False  # refuse a profile that was edited after it was measured
     switch: str = "recache"  # what happens to the past at a new prompt: keep, flush or recache
     recache_frames: int = 6  # latent frames made anew under the new prompt
-    backend: str = "sdpa"  # what attends: sdpa, cudnn, varlen, triton, triton-key, reference, or auto: the fastest here
+    backend: str = "vendor"  # what attends: cudnn where that can run, else sdpa; or one by name; auto times them all
     local: RolePolicy = field(default_factory=lambda: RolePolicy("local"))
     anchor: RolePolicy = field(default_factory=lambda: RolePolicy("anchor"))
     memory: RolePolicy = field(default_factory=lambda: RolePolicy("memory"))

@@ -10,7 +10,16 @@ import torch
 from tests.attention.ragged import CPU, Ragged, agree, places_a_chunk
 
 from hforce.attention import backends
-from hforce.attention.backends import AUTO, BACKENDS, SDPA, check_backend, choose_backend, make_backend, reasons
+from hforce.attention.backends import (
+    AUTO,
+    BACKENDS,
+    SDPA,
+    VENDOR,
+    check_backend,
+    choose_backend,
+    make_backend,
+    reasons,
+)
 from hforce.attention.layout import place
 from hforce.attention.timing import Layer, enter, race
 from hforce.config import load_config
@@ -63,18 +72,18 @@ def test_a_chunk_is_written_where_every_head_reads_it() -> None:
 
 
 def test_the_configuration_knows_exactly_the_backends_there_are() -> None:
-    for name in (*BACKENDS, AUTO):
+    for name in (*BACKENDS, VENDOR, AUTO):
         assert load_config("tiny", [], [f"cache.backend={name}"]).cache.backend == name
     with pytest.raises(HforceError, match="unknown 'sdpaa' .did you mean 'sdpa'.") as caught:
         load_config("tiny", [], ["cache.backend=sdpaa"])
     listed = str(caught.value).partition("known are ")[2]
-    assert sorted(listed.split(", ")) == sorted((*BACKENDS, AUTO))
+    assert sorted(listed.split(", ")) == sorted((*BACKENDS, VENDOR, AUTO))
 
 
 def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
     with pytest.raises(BackendError, match="did you mean 'triton'") as caught:
         choose_backend("tritn", LAYER, CPU, torch.float32)
-    assert all(name in caught.value.mend for name in (*BACKENDS, AUTO))
+    assert all(name in caught.value.mend for name in (*BACKENDS, VENDOR, AUTO))
     assert caught.value.exit_code == 69
 
 
@@ -82,15 +91,16 @@ def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
 def test_a_backend_that_cannot_run_here_says_why_and_what_can(name: str) -> None:
     with pytest.raises(BackendError, match=f"'{name}' needs (a CUDA device|the package triton)") as caught:
         choose_backend(name, LAYER, CPU, torch.float32)
-    assert caught.value.mend == "can be had here: sdpa, reference, auto"
+    assert caught.value.mend == "can be had here: sdpa, reference, vendor, auto"
 
 
 def test_what_can_run_is_checked_without_being_loaded() -> None:
-    assert [check_backend(name, CPU, torch.float32, 12) for name in ("sdpa", "reference", AUTO)] == [None] * 3
+    assert [check_backend(name, CPU, torch.float32, 12) for name in ("sdpa", "reference", VENDOR, AUTO)] == [None] * 4
 
 
 def test_auto_on_a_cpu_is_sdpa() -> None:
     assert choose_backend(AUTO, LAYER, CPU, torch.float32) == SDPA == make_backend("sdpa")
+    assert choose_backend(VENDOR, LAYER, CPU, torch.float32) == SDPA
 
 
 def test_auto_takes_the_one_that_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from hforce.rules import nearest
 
 log = logging.getLogger(__name__)
 
-AUTO, CPU = "auto", torch.device("cpu")
+VENDOR, AUTO, CPU = "vendor", "auto", torch.device("cpu")
 AMPERE = 8  # major compute capability
 WIDEST = 128  # head dim up to which the tiles of the Triton kernel fit into shared memory
 FLASH_WIDEST = 256
@@ -107,25 +107,27 @@ def reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str
 
 def check_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raises BackendError where there is no such backend, or where it cannot run on such tensors; loads nothing."""
-    if name not in (*BACKENDS, AUTO):
-        message = f"unknown attention backend {name!r}{nearest(name, (*BACKENDS, AUTO))}"
-        raise BackendError(message, f"use one of: {', '.join((*BACKENDS, AUTO))}")
+    if name not in (known := (*BACKENDS, VENDOR, AUTO)):
+        message = f"unknown attention backend {name!r}{nearest(name, known)}"
+        raise BackendError(message, f"use one of: {', '.join(known)}")
     lacking = reasons(device, dtype, head_dim)
     if lacking.get(name):
-        able = ", ".join([*(known for known, reason in lacking.items() if not reason), AUTO])
+        able = ", ".join([*(known for known, reason in lacking.items() if not reason), VENDOR, AUTO])
         raise BackendError(f"attention backend {name!r} {lacking[name]}", f"can be had here: {able}")
 
 
 def choose_backend(name: str, layer: Layer, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called `name`, or with "auto" the one that is fastest on such a layer.
+    """The backend called `name`; with "vendor" `cudnn`, or else `sdpa`; with "auto" the one fastest on such a layer.
 
     "auto" times the fast ones that can run, once, on random keys; where `sdpa` is the only one, as on a CPU, nothing
     is timed. Raises what `check_backend` raises.
     """
     check_backend(name, device, dtype, layer.head_dim)
+    lacking = reasons(device, dtype, layer.head_dim)
+    if name == VENDOR:
+        name = "sdpa" if lacking["cudnn"] else "cudnn"
     if name != AUTO:
         return make_backend(name, device)
-    lacking = reasons(device, dtype, layer.head_dim)
     able = [make_backend(known, device) for known, entry in BACKENDS.items() if entry.is_fast and not lacking[known]]
     if len(able) == 1:
         return able[0]

@@ -9,6 +9,7 @@ are one step over the values (`Between`), which is a kernel of ours where Triton
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAST = 2  # frames that a convolution in time looks back
+NARROW = 96  # channels up to which cuDNN guesses wrong which of its algorithms is the fastest (on an H200)
 Features = list[Tensor | None]
 """For every convolution in time the last two frames it read, [1, C, 2, h, w]; None before the first."""
 
@@ -104,7 +106,8 @@ class Steps:
         """x [1, C, 2 + T, h, w], T frames behind the two before them -> [1, C', T, h, w], without the bias."""
         self._features[self._at] = x[:, :, -PAST:].clone()
         _, height, width = conv.kernel_size
-        return F.conv3d(x, conv.weight, padding=(0, height // 2, width // 2))
+        with _tried_out() if conv.in_channels <= NARROW else nullcontext():
+            return F.conv3d(x, conv.weight, padding=(0, height // 2, width // 2))
 
     def _enlarge(self, layer: Any, x: Tensor) -> Sum:
         """Twice the size, and twice the frames, if it says so; the first latent of a video stays one frame."""
@@ -121,6 +124,15 @@ class Steps:
     def _next(self) -> Tensor | None:
         self._at += 1
         return self._features[self._at]
+
+
+def _tried_out() -> AbstractContextManager[None]:
+    """Lets cuDNN try its algorithms on a new shape and keep the fastest.
+
+    Which one that is may change from run to run, and with it the last bit of a value.
+    """
+    now = torch.backends.cudnn
+    return now.flags(now.enabled, benchmark=True, deterministic=now.deterministic, allow_tf32=now.allow_tf32)
 
 
 def _behind(past: Tensor | None, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,7 @@ class WanDecoder:
         """latents [1, F, C, h, w] -> frames [T, 3, H, W] in 0..1, T = 4F, or 4F - 3 at the start of a video."""
         begins = self.memory[0] is None
         sizes = [1, latents.shape[1] - 1] if begins and latents.shape[1] > 1 else [latents.shape[1]]
-        with fastest_convolutions():
-            return torch.cat([self._decode(part) for part in latents.split(sizes, dim=1)])
+        return torch.cat([self._decode(part) for part in latents.split(sizes, dim=1)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents [1, F, C, h, w], the first one of a video alone -> their video frames [4 F or 1, 3, H, W]."""
@@ -106,15 +104,6 @@ class WanDecoder:
         x = codec.net.post_quant_conv(raw.to(codec.dtype).transpose(1, 2))
         x = Steps(self.memory, codec.between).decode(codec.net.decoder, x)
         return (0.5 * x[0].float().clamp(-1, 1) + 0.5).transpose(0, 1)
-
-
-def fastest_convolutions() -> AbstractContextManager[None]:
-    """Lets cuDNN try its algorithms on every new shape and keep the fastest: its own guess took half as long again.
-
-    Which one is the fastest may change from run to run, and with it the last bit of a value.
-    """
-    now = torch.backends.cudnn
-    return now.flags(now.enabled, benchmark=True, deterministic=now.deterministic, allow_tf32=now.allow_tf32)
 
 
 def choose_between(device: torch.device) -> Between:
