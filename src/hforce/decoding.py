@@ -58,7 +58,13 @@ def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
     """Video frames [T, 3, H, W] in 0..1 -> uint8 [T, H, W, 3], rounded."""
-    return (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    pictures = (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    if not pictures.is_cuda:
+        return pictures.cpu().numpy()
+    here = torch.empty_like(pictures, device="cpu", pin_memory=True)  # to which a GPU copies several times as fast
+    here.copy_(pictures, non_blocking=True)
+    torch.cuda.current_stream(pictures.device).synchronize()
+    return here.numpy()
 
 
 def _made(stream: Stream, script: Sequence[Take], given: Tensor | None) -> Iterator[Chunk]:
