@@ -17,7 +17,7 @@ from rich.console import Console
 from tests.builders import close, profile_of, small_tiny
 
 from hforce import bench
-from hforce.bench import BenchProgress, Edges, choose_setups, enter, plan_course, race, share_backbones, take_turns
+from hforce.bench import BenchProgress, choose_setups, enter, plan_course, race, share_backbones, take_turns
 from hforce.bench_report import DEFINITIONS, KIND, BenchResult, Sample, Trial, choose_reference, make_rows
 from hforce.build import build_backbone, build_script, build_stream
 from hforce.cache.roles import save_profile
@@ -27,7 +27,7 @@ from hforce.models.dit import Block
 from hforce.prompts import Item, Shot
 from hforce.settings import EAGER, BenchConfig, CacheConfig, Config, ModelConfig
 from hforce.toy.film import Cut, Film, render_film
-from hforce.toy.metrics import drift, read_frames
+from hforce.toy.metrics import Edges, drift, read_frames
 from hforce.toy.world import FPS, Scene, render
 from hforce.weigh import tensor_bytes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -62,15 +61,12 @@ from hforce.roofline import (
 from hforce.rules import nearest
 from hforce.settings import EAGER, SETUPS, Config
 from hforce.stream import Chunk, Stream, Take
-from hforce.toy.metrics import drift, read_frames
+from hforce.toy.metrics import Edges, drift, read_frames
 from hforce.toy.words import Prompt, parse
-from hforce.toy.world import FPS, PIXELS
+from hforce.toy.world import PIXELS
 from hforce.weigh import tensor_bytes, weigh
 
 JUDGED = "tiny"  # the model whose world is known well enough to judge its videos
-# Drift is read off the first and the last five seconds. The judge looks a little further: a motion shows in the 64
-# frames around a second, and an object may rightly be out of sight for five.
-HEAD_SECONDS, TAIL_SECONDS = 7, 10
 NO_CODECS: Mapping[str, Codec] = MappingProxyType({})
 SETTLED = 20  # chunks after which the process should not grow any more
 
@@ -95,33 +91,6 @@ class Course:
     seed: int
     script: list[Take]
     encoding: float
-
-
-class Edges:
-    """Keeps the beginning and the end of a video, and the beginning of every scene in it: all that `drift` needs.
-
-    frames: how many the video has; schedule: (first video frame, words) of each prompt. video, uint8 [T, H, W, 3]: what
-    is kept; the attribute schedule is the same as the argument, but counts the frames that are kept. The memory is
-    taken at once, so that keeping frames does not look like a process that grows.
-    """
-
-    def __init__(self, frames: int, schedule: Sequence[tuple[int, Mapping[str, str]]] = ((0, {}),)) -> None:
-        head, tail = HEAD_SECONDS * FPS, max(0, frames // FPS - TAIL_SECONDS) * FPS
-        wanted, shown = {*range(head), *range(tail, frames)}, list[Mapping[str, str]]()
-        for (begin, words), end in zip(schedule, [*(begin for begin, _ in schedule[1:]), frames], strict=True):
-            if words not in shown:
-                wanted.update(range(begin, min(begin + head, end)))
-                shown.append(words)
-        self._wanted = sorted(number for number in wanted if number < frames)
-        self.video = np.full((len(self._wanted), PIXELS, PIXELS, 3), 1, np.uint8)
-        kept = {bisect_left(self._wanted, begin): words for begin, words in schedule}  # of a shot not kept, the next
-        self.schedule = [(place, words) for place, words in kept.items() if place < len(self._wanted)]
-
-    def look(self, first: int, frames: NDArray[np.uint8]) -> None:
-        """Takes what is wanted of frames [T, H, W, 3], the first of which is number `first`."""
-        begin, end = (bisect_left(self._wanted, number) for number in (first, first + len(frames)))
-        for place in range(begin, end):
-            self.video[place] = frames[self._wanted[place] - first]
 
 
 @dataclass

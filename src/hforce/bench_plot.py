@@ -23,6 +23,7 @@ DPI = 130
 # Okabe and Ito, the yellow darkened: apart for all kinds of colour vision. They begin anew where there are more setups.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#22262B", "#B5A800")
 STAGE_COLORS = ("#3B5B92", "#7A8FB5", "#B08A4A")
+LEAST_LABELLED = 0.06  # of the axis: in less there is no room for a label
 LEAST_SCALE = 0.1  # of the axis of drift, so that next to nothing looks like it
 
 
@@ -76,7 +77,7 @@ def _draw_memory(axes: Axes, result: BenchResult) -> None:
         allocated = row.kv_bytes / 1e6
         axes.plot(seconds, allocated * frames / row.frames_read, color=color, linewidth=1.8)
         axes.axhline(allocated, color=color, linewidth=0.8, alpha=0.6, linestyle=":")
-    axes.set(xlabel="seconds of video", ylabel="MB", title="Keys and values: in use, and allocated (dotted)")
+    axes.set(xlabel="seconds of video", ylabel="MB", title="Keys and values (dotted: allocated)")
     axes.set_ylim(bottom=0)
     _tidy(axes)
 
@@ -93,9 +94,11 @@ def _draw_stages(axes: Axes, result: BenchResult) -> None:
     """Where the time of a mean chunk goes: a bar for every setup."""
     spots = np.arange(len(result.rows))
     left = np.zeros(len(spots))
+    longest = max(sum(1e3 * stage.seconds for stage in stages.values()) for stages in result.stages.values())
     for number, name in enumerate(next(iter(result.stages.values()))):
         times = np.array([1e3 * result.stages[row.setup][name].seconds for row in result.rows])
-        shares = [f"{result.stages[row.setup][name].share:.0%}" for row in result.rows]
+        shares = [f"{result.stages[row.setup][name].share:.0%}" if time > LEAST_LABELLED * longest else ""
+                  for row, time in zip(result.rows, times, strict=True)]  # fmt: skip
         bars = axes.barh(spots, times, 0.6, left, color=STAGE_COLORS[number], label=name)
         axes.bar_label(bars, shares, label_type="center", fontsize=8, color="white")
         left += times

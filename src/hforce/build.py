@@ -216,7 +216,9 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
     if config.model.compile:
         backbone.model.compile_blocks()
     elif can_launch(torch.device(backbone.device)):
-        backbone.model.fuse_blocks()
+        from hforce.models.fused import fuse
+
+        fuse(backbone.model)
     roles = build_roles(config.cache, backbone)
     order = head_order(roles)
     backbone.model.order_heads(order)

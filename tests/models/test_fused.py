@@ -55,6 +55,8 @@ def test_both_halves_of_a_block_are_what_they_are_in_single_steps(dtype: torch.d
 
 @torch.inference_mode()
 def test_a_model_with_fused_blocks_is_the_same_model() -> None:
+    from hforce.models import fused
+
     wan, x, t = random_wan().to(HERE), draw(1, 3, 4, 4, 6).to(HERE), torch.tensor([[900.0, 500.0, 0.0]], device=HERE)
     text = wan.project_text(draw(1, 4, 8, seed=1).to(HERE))
 
@@ -62,7 +64,7 @@ def test_a_model_with_fused_blocks_is_the_same_model() -> None:
         return q * k.sigmoid() + v
 
     plain = wan(x, t, text, see_itself)
-    wan.fuse_blocks()
+    fused.fuse(wan)
     near(wan(x, t, text, see_itself), plain, 1e-3 if HERE == "cuda" else 1e-5)
     wan.separate_blocks()
     assert torch.equal(wan(x, t, text, see_itself), plain)

@@ -1,4 +1,4 @@
-"""Attention of ragged heads in one Triton kernel, which turns the query once a slot; and one that places a chunk."""
+"""Attention of ragged heads in one Triton kernel, which turns the query once a slot; and what keeps the store."""
 
 from __future__ import annotations
 

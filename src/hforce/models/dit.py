@@ -200,12 +200,6 @@ class CausalWan(nn.Module):
         """Runs every small operation by itself, from the next pass on."""
         self.before, self.after = Block.before, Block.after
 
-    def fuse_blocks(self) -> None:
-        """Joins the same small operations in kernels of ours, which takes Triton."""
-        from hforce.models import fused
-
-        self.before, self.after = fused.before, fused.after
-
     def compile_blocks(self) -> None:
         """Lets torch.compile join norms, modulations, gates and activations to few kernels, from the next pass on.
 

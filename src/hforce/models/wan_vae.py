@@ -1,4 +1,4 @@
-"""The autoencoder of Wan2.1 (diffusers' AutoencoderKLWan), driven one latent frame at a time."""
+"""The autoencoder of Wan2.1 (diffusers' AutoencoderKLWan): encoded latent by latent, decoded chunk by chunk."""
 
 from __future__ import annotations
 

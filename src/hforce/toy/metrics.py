@@ -7,7 +7,8 @@ end is than its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,7 +21,7 @@ from hforce.toy.reading import Reading, read_frames
 from hforce.toy.schedule import Asked, Stretch, asked_words, each_stretch, first_seen, stretches
 from hforce.toy.world import CORNERS, FPS, LOOP, MARGIN, PIXELS, SPEEDS
 
-__all__ = ["Reading", "Scores", "drift", "read_frames", "score"]
+__all__ = ["Edges", "Reading", "Scores", "drift", "read_frames", "score"]
 
 PATH_TOLERANCE = 3.0  # pixels, rms: so near to a path an object is on it
 HUE_TOLERANCE, SIZE_TOLERANCE = 8.0, 1.0  # degrees and pixels within which what is remembered counts as kept
@@ -30,6 +31,9 @@ HIDDEN = LOOP - PIXELS + 2 * MARGIN  # pixels of its loop on which a passing obj
 PATIENCE = 1.1  # a passing object may stay away a tenth longer than it should
 PUNCTUAL = 0.15  # share of its time out of the picture by which a passing object's return may be early or late
 EDGE_SECONDS = 5  # `drift` compares the last so many seconds with the first
+# The judge looks a little further: a motion shows in the 64 frames around a second, and an object may rightly be out of
+# sight for five.
+HEAD_SECONDS, TAIL_SECONDS = 7, 10
 
 Array = NDArray[Any]
 
@@ -124,6 +128,33 @@ def drift(reading: Reading, asked: Asked, fps: int = FPS) -> dict[str, float]:
         edge = max(1, min(EDGE_SECONDS, len(values) // 2))
         changes[field.name] = _mean(values[-edge:]) - _mean(values[:edge])
     return changes
+
+
+class Edges:
+    """Keeps the beginning and the end of a video, and the beginning of every scene in it: all that `drift` needs.
+
+    frames: how many the video has; schedule: (first video frame, words) of each prompt. video, uint8 [T, H, W, 3]: what
+    is kept; the attribute schedule is the same as the argument, but counts the frames that are kept. The memory is
+    taken at once, so that keeping frames does not look like a process that grows.
+    """
+
+    def __init__(self, frames: int, schedule: Sequence[tuple[int, Mapping[str, str]]] = ((0, {}),)) -> None:
+        head, tail = HEAD_SECONDS * FPS, max(0, frames // FPS - TAIL_SECONDS) * FPS
+        wanted, shown = {*range(head), *range(tail, frames)}, list[Mapping[str, str]]()
+        for (begin, words), end in zip(schedule, [*(begin for begin, _ in schedule[1:]), frames], strict=True):
+            if words not in shown:
+                wanted.update(range(begin, min(begin + head, end)))
+                shown.append(words)
+        self._wanted = sorted(number for number in wanted if number < frames)
+        self.video = np.full((len(self._wanted), PIXELS, PIXELS, 3), 1, np.uint8)
+        kept = {bisect_left(self._wanted, begin): words for begin, words in schedule}  # of a shot not kept, the next
+        self.schedule = [(place, words) for place, words in kept.items() if place < len(self._wanted)]
+
+    def look(self, first: int, frames: NDArray[np.uint8]) -> None:
+        """Takes what is wanted of frames [T, H, W, 3], the first of which is number `first`."""
+        begin, end = (bisect_left(self._wanted, number) for number in (first, first + len(frames)))
+        for place in range(begin, end):
+            self.video[place] = frames[self._wanted[place] - first]
 
 
 def _says(read: Array, asked: Array) -> Array:
