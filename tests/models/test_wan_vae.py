@@ -12,7 +12,8 @@ from tests.builders import close, draw
 from torch import Tensor
 
 from hforce.errors import CheckpointError, DataError
-from hforce.models.wan_vae import MEAN, STD, WanCodec, load_wan_codec
+from hforce.models.wan_vae import MEAN, STD, WanCodec, codec_needs, load_wan_codec
+from hforce.weigh import weigh
 
 pytest.importorskip("diffusers")
 from diffusers import AutoencoderKLWan
@@ -88,6 +89,20 @@ def test_memory_does_not_grow_with_the_video_and_streams_do_not_mix(vae):
     assert held() == after_3 > 0
     assert sum(value is None for value in one.memory) == 1  # 33 convolutions, one of which has no past
     close(codec.decoder()(latents[:, :3]), first, 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_takes_what_was_planned(files, dtype, chunk):
+    codec, latents = load_wan_codec(files["folder"], dtype, "cpu"), draw(1, chunk, 16, 4, 6)
+    decoder = codec.decoder()
+    decoder(latents)
+    decoder(latents)
+    found = weigh(lambda: decoder(latents), torch.device("cpu"))
+    held, work = codec_needs(files["folder"], (4, 6), dtype, torch.device("cpu"))[1](chunk)
+    assert found is not None and held == sum(value.nbytes for value in decoder.memory if isinstance(value, Tensor))
+    # What is remembered is replaced piece by piece; the weigher sees the new ones alone.
+    assert 0.9 <= (held + work) / found.peak <= 1.1
 
 
 def test_bf16_is_near_float32(files, vae):

@@ -79,10 +79,15 @@ def choose_keeping(device: torch.device) -> Keeping:
     return Keeping(triton_kernel.place, triton_kernel.move, triton_kernel.turn_past)
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is there for such a device; `can_launch` finds out whether it works."""
+    return not _triton_lacks(device, torch.float32, 0)
+
+
 @lru_cache
 def can_launch(device: torch.device) -> bool:
     """Whether Triton can run kernels there. One is tried: it takes a C compiler, and nothing tells that beforehand."""
-    if _triton_lacks(device, torch.float32, 0):
+    if not has_triton(device):
         return False
     from hforce.attention import triton_kernel
 

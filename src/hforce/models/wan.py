@@ -61,8 +61,10 @@ def open_wan(name: str, source: Source, size: tuple[int, int] | None, device: st
     texts = Path(source.texts).expanduser() if source.texts else Path.home() / TEXTS
     text = WanText(parts.text, parts.tokenizer, EmbeddingStore(texts), (c.text_len, c.text_dim), kept, device)
     geometry, shape = lay_out(c, size)
-    codec_needs = taehv.codec_needs if is_taehv(parts.vae) else wan_vae.codec_needs
-    codec, decoder_needs = codec_needs(parts.vae, shape[1:], precision)
+    if is_taehv(parts.vae):
+        codec, decoder_needs = taehv.codec_needs(parts.vae, shape[1:], precision)
+    else:
+        codec, decoder_needs = wan_vae.codec_needs(parts.vae, shape[1:], precision, torch.device(device))
     encoder, encoding = encoder_needs(parts.text, kept, c.text_len)
     transformer = count_values(blank(c)) * precision.itemsize
     return Blueprint(

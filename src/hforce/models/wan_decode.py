@@ -41,8 +41,8 @@ class Sum:
 class Between:
     """What stands between two convolutions.
 
-    join: a sum, the gains [C] of a norm, and the frames before (None: zeros) -> the total [1, C, T, h, w], and
-    silu(norm(total)) behind those frames, [1, C, 2 + T, h, w].
+    join: a sum, the gains [C] of a norm, and the frames before (None: zeros) -> the total [1, C, T, h, w], perhaps in
+    the memory of the last summand, and silu(norm(total)) behind those frames, [1, C, 2 + T, h, w].
     double: pictures [T, C, h, w] -> every pixel twice each way, [T, C, 2 h, 2 w].
     """
 
@@ -74,32 +74,41 @@ def to_channels_last(net: nn.Module) -> None:
 
 
 class Steps:
-    """One run of a decoder over latents: walks through its layers, and in the same order through what they remember."""
+    """One run of a decoder over latents: walks through its layers, and in the same order through what they remember.
+
+    What a layer is given is held in `_parts` alone, so that it is let go of as soon as it was read.
+    """
 
     def __init__(self, features: Features, between: Between) -> None:
         self._features, self._between, self._at = features, between, -1
+        self._parts = Sum(torch.empty(0))
 
     def decode(self, net: Any, x: Tensor) -> Tensor:
         """x [1, C, T, h, w] -> video [1, 3, 4 T, 8 h, 8 w], or 4 T - 3 frames where the video begins (T is 1 there)."""
-        x = self._convolve(net.conv_in, _behind(self._next(), x))
-        part = self._resnet(net.mid_block.resnets[0], Sum(x, bias=net.conv_in.bias))
+        self._parts = Sum(self._convolve(net.conv_in, _behind(self._next(), x)), bias=net.conv_in.bias)
+        self._resnet(net.mid_block.resnets[0])
         for attention, resnet in zip(net.mid_block.attentions, net.mid_block.resnets[1:], strict=True):
-            part = self._resnet(resnet, Sum(attention(part.total())))
+            self._parts = Sum(attention(self._parts.total()))
+            self._resnet(resnet)
         for block in net.up_blocks:
             for resnet in block.resnets:
-                part = self._resnet(resnet, part)
+                self._resnet(resnet)
             if block.upsamplers is not None:
-                part = self._enlarge(block.upsamplers[0], part.total())
-        return self._normed(net.norm_out, net.conv_out, part)[1] + net.conv_out.bias[:, None, None, None]
+                self._enlarge(block.upsamplers[0])
+        return self._normed(net.norm_out, net.conv_out)[1] + net.conv_out.bias[:, None, None, None]
 
-    def _resnet(self, block: Any, parts: Sum) -> Sum:
-        x, y = self._normed(block.norm1, block.conv1, parts)
-        _, y = self._normed(block.norm2, block.conv2, Sum(y, bias=block.conv1.bias))
-        return Sum(block.conv_shortcut(x), y, block.conv2.bias)
+    def _resnet(self, block: Any) -> None:
+        x, y = self._normed(block.norm1, block.conv1)
+        self._parts = Sum(y, bias=block.conv1.bias)
+        del y
+        y = self._normed(block.norm2, block.conv2)[1]
+        self._parts = Sum(block.conv_shortcut(x), y, block.conv2.bias)
 
-    def _normed(self, norm: Any, conv: Any, parts: Sum) -> tuple[Tensor, Tensor]:
-        """The total of a sum, and a convolution of its norm, without the bias."""
+    def _normed(self, norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
+        """The total of the parts, and a convolution of its norm, without the bias."""
+        parts, self._parts = self._parts, Sum(torch.empty(0))
         total, normed = self._between.join(parts, norm.gamma.flatten(), self._next())
+        del parts
         return total, self._convolve(conv, normed)
 
     def _convolve(self, conv: Any, x: Tensor) -> Tensor:
@@ -109,8 +118,9 @@ class Steps:
         with _tried_out() if conv.in_channels <= NARROW else nullcontext():
             return F.conv3d(x, conv.weight, padding=(0, height // 2, width // 2))
 
-    def _enlarge(self, layer: Any, x: Tensor) -> Sum:
+    def _enlarge(self, layer: Any) -> None:
         """Twice the size, and twice the frames, if it says so; the first latent of a video stays one frame."""
+        x, self._parts = self._parts.total(), Sum(torch.empty(0))
         if layer.mode == "upsample3d":
             past = self._next()
             if past is None:
@@ -118,8 +128,10 @@ class Steps:
             else:
                 both = self._convolve(layer.time_conv, _behind(past, x)) + layer.time_conv.bias[:, None, None, None]
                 x = both.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+                del both
         conv, pictures = layer.resample[1], self._between.double(x[0].transpose(0, 1))
-        return Sum(F.conv2d(pictures, conv.weight, padding=1).transpose(0, 1)[None], bias=conv.bias)
+        del x
+        self._parts = Sum(F.conv2d(pictures, conv.weight, padding=1).transpose(0, 1)[None], bias=conv.bias)
 
     def _next(self) -> Tensor | None:
         self._at += 1

@@ -59,14 +59,14 @@ def join(parts: Sum, gain: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]
     shape = (1, channels, PAST + frames, height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
     out[:, :, :PAST] = 0 if past is None else past
-    total = x if y is None and bias is None else torch.empty_like(x)
+    last = x if y is None else y  # becomes the total: every value is written by the program that read it
     pixels, (tile, wide) = frames * height * width, _tile(channels)
     with torch.cuda.device_of(x):
         _join_pixels[(triton.cdiv(pixels, tile),)](
-            x, x if y is None else y, gain if bias is None else bias, gain, total, out[:, :, PAST:],
+            x, last, gain if bias is None else bias, gain, last, out[:, :, PAST:],
             pixels, channels, channels**0.5, y is not None, bias is not None, tile, wide,
         )  # fmt: skip
-    return total, out
+    return last, out
 
 
 def double(x: Tensor) -> Tensor:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hforce.attention.backends import can_launch
+from hforce.attention.backends import can_launch, has_triton
 from hforce.errors import CheckpointError, DataError
 from hforce.extras import optional
 from hforce.models.base import DecoderNeeds
 from hforce.models.mapped import Entry
-from hforce.models.wan_decode import PLAIN, Between, Steps, to_channels_last
+from hforce.models.wan_decode import PAST, PLAIN, Between, Steps, to_channels_last
 from hforce.models.wan_files import read_weights
 from hforce.models.weights import load_strictly
 
 CHANNELS = 16  # of a latent
 STRIDE = 4  # video frames per latent frame
+JOINED_TENSORS, PLAIN_TENSORS = 6, 7  # of the size of all video frames, alive at once in a residual block, as weighed
 SIZED = (  # names in either layout of the tensors that sizes are read from, and the axis
     (("conv2.weight", "post_quant_conv.weight"), 0),
     (("encoder.conv1.weight", "encoder.conv_in.weight"), 0),
@@ -158,28 +159,29 @@ def codec_sizes(entries: Mapping[str, Entry], path: Path) -> dict[str, int]:
     return {"base_dim": width, "decoder_base_dim": decoder_width, "z_dim": channels}
 
 
-def codec_needs(path: Path, cells: tuple[int, int], dtype: torch.dtype) -> tuple[int, DecoderNeeds]:
-    """Bytes of the weights, and the needs of a decoder of latents h x w.
+def codec_needs(
+    path: Path, cells: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[int, DecoderNeeds]:
+    """Bytes of the weights, and the needs of a decoder of latents h x w on a device.
 
     Only headers are read. Raises CheckpointError for another autoencoder.
     """
     entries = read_weights(path).entries
     width = codec_sizes(entries, path)["decoder_base_dim"]
     weights = sum(torch.Size(entry.shape).numel() for entry in entries.values()) * dtype.itemsize
-    return weights, partial(decoder_needs, width, cells, dtype)
+    return weights, partial(decoder_needs, width, cells, dtype, has_triton(device))
 
 
-def decoder_needs(width: int, cells: tuple[int, int], dtype: torch.dtype, chunk: int) -> tuple[int, int]:
+def decoder_needs(
+    width: int, cells: tuple[int, int], dtype: torch.dtype, joined: bool, chunk: int
+) -> tuple[int, int]:
     """Bytes that a decoder `width` channels wide at full size remembers, and those that decoding a chunk adds.
 
     It remembers the last two inputs of every convolution in time: channels at latent size and 2, 4 and 8 times that.
-    The peak lies at full size: in a residual block, or, as halves are enlarged as float32 (and laid out anew, where
-    PyTorch has no kernel for it), in the step up to it.
+    The peak lies at full size, in a residual block: so many tensors of all video frames of the chunk, fewer where
+    kernels of ours join small operations, and the frames themselves in float32.
     """
-    area = cells[0] * cells[1]
+    area, frames = cells[0] * cells[1], STRIDE * chunk
     remembered = (CHANNELS + 11 * 4 * width) + 4 * (2 * width + 6 * 4 * width) + 16 * 6 * 2 * width + 64 * 7 * width
-    pictures = (chunk - 1) * 3 * STRIDE * 64 * area * 4  # made of the latents before, in float32
-    unit = width * STRIDE * 64 * area * dtype.itemsize  # the video frames of a latent frame, at full width
-    padded = width * (STRIDE + 2) * (8 * cells[0] + 2) * (8 * cells[1] + 2) * dtype.itemsize
-    peak = 5 * unit + padded if dtype == torch.float32 else 10 * unit
-    return 2 * remembered * area * dtype.itemsize, peak + pictures
+    tensors = (JOINED_TENSORS if joined else PLAIN_TENSORS) * frames + PAST
+    return PAST * remembered * area * dtype.itemsize, 64 * area * (tensors * width * dtype.itemsize + frames * 3 * 4)
