@@ -162,7 +162,7 @@ def test_compiled_setups_make_the_same_latents_and_the_eager_one_compiles_nothin
     course = plan_course(config, backbone, Item(None, (Shot(PROMPTS.split("\n")[0]),)))
     backbones = share_backbones(configs, backbone)
     entrants = [enter(name, configs[name], backbones[name], course) for name in names]
-    assert [each.backbone.model.after is Block.after for each in entrants] == [False, False, True]
+    assert [each._halves[1] is Block.after for each in entrants] == [False, False, True]
     for entrant in entrants:
         entrant.open(CPU)  # weighed, which compiles nothing
     made: dict[str, list[torch.Tensor]] = {name: [] for name in names}

@@ -95,6 +95,24 @@ def test_a_pass_takes_what_was_planned_or_up_to_a_tenth_less(dim, ffn, grid, row
     assert sum(x.nbytes for x in (*text.keys, *text.values)) == memory.context_bytes(config, dtype.itemsize)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [MIXED, UNIFORM, ("LLLL",) * 5])
+@torch.inference_mode()
+def test_between_two_chunks_no_more_is_taken_than_was_planned(rows, dtype):
+    geometry, roles = Geometry(5, 4, 24, (6, 8)), ordered(role_map(*rows))
+    cache = HeadCache(geometry, roles, POLICIES["their own"], dtype)
+    q, k, v = (torch.ones(1, 3 * 48, 4, 24, dtype=dtype) for _ in range(3))
+    peak = 0
+    for _ in range(9):
+        for layer in range(5):
+            cache.attend(layer, q, k, v)
+        found = weigh(cache.advance, CPU)
+        assert found is not None
+        peak = max(peak, found.peak)
+    planned = memory.turning_bytes(work_of(WanConfig(96, 8, 5, 4), geometry, roles, "their own", dtype))
+    assert 0.4 * planned < peak < 1.1 * planned + 40_000, "a few tables are not counted"
+
+
 @pytest.fixture
 def config(weights: Path, heads: Path) -> Config:
     return load_config(overrides=[f"model.checkpoint={weights}", f"cache.profile={heads}", "model.device=cpu"])

@@ -113,6 +113,7 @@ class Entrant:
         self._player: Iterator[Decoded] = iter(())
         self._decoders: dict[str, Decoder] = {}
         self._watch = Stopwatch(device_of(self.backbone), self.stream.graphs)
+        self._halves = self.stream.model.before, self.stream.model.after
         self.stream.attend = self._watch.around(self.stream.cache.attend)
 
     def open(self, device: torch.device) -> None:
@@ -182,6 +183,7 @@ class Entrant:
         return decoded(self.stream, self.course.script, self.backbone)
 
     def _next(self) -> Decoded:
+        self.stream.model.before, self.stream.model.after = self._halves  # of a model that others run otherwise
         try:
             return next(self._player)
         except HforceError as error:
@@ -281,11 +283,11 @@ def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
 
 
 def share_backbones(configs: Mapping[str, Config], backbone: Backbone) -> dict[str, Backbone]:
-    """A backbone for every setup. Those that order heads and run blocks alike share one; others get copies of it."""
-    found: dict[tuple[tuple[tuple[int, ...], ...], bool], Backbone] = {}
+    """A backbone for every setup. Those that order the heads alike share one; others get copies of it."""
+    found: dict[tuple[tuple[int, ...], ...], Backbone] = {}
     chosen = {}
     for name, config in configs.items():
-        kind = head_order(build_roles(config.cache, backbone)), name == EAGER
+        kind = head_order(build_roles(config.cache, backbone))
         if kind not in found:
             found[kind] = replace(backbone, model=copy.deepcopy(backbone.model)) if found else backbone
         chosen[name] = found[kind]

@@ -17,6 +17,7 @@ from hforce.attention import reference
 from hforce.attention.backends import make_backend, reasons
 from hforce.attention.layout import Backend
 from hforce.attention.timing import ROUNDS, Contest, Layer, enter, race
+from hforce.attention.vendor import vendor_kernels
 from hforce.build import build_bench_backbone, build_policy, build_roles, usual_layer
 from hforce.cache.roles import HeadRole
 from hforce.errors import UsageError
@@ -91,7 +92,7 @@ def run(config: Config, tell: Callable[[KernelProgress], None]) -> KernelResult:
     entrants, left_out = choose_entrants(device, cache.head_dim)
     tell(KernelProgress(0, 2))
     contests = [enter(backend, layer, device, dtype) for backend, dtype in entrants for layer in (cache, window)]
-    with paused_collector(), torch.inference_mode():
+    with paused_collector(), torch.inference_mode(), vendor_kernels(device):
         errors = [measure_error(contest) for contest in contests[::2]]
         tell(KernelProgress(1, 2))
         seconds = race(contests, device)

@@ -40,8 +40,9 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "first_frame_ms": "wall time from the prompt's text to the bytes of the first chunk, in a warm process; with "
     "random weights the prompt's embedding is drawn and not encoded",
     "kv_bytes": "keys and values of the past and of the chunk, as allocated",
-    "peak_bytes": "weights of transformer and codec + kv_bytes + what else a stream holds after its first chunk + the "
-    "most bytes of new tensors alive at once in the last chunk; without text encoder; null where it cannot be told",
+    "peak_bytes": "weights of transformer and codec + kv_bytes + what recorded passes keep + what else a stream holds "
+    "after its first chunk + the most bytes of new tensors alive at once in the last chunk; without text encoder; null "
+    "where it cannot be told",
     "growth": "median wall time of the last ten timed chunks / that of chunks 10 to 19 of a second run of the same "
     "script that takes turns with them, so that a machine that slows down slows both; null below 30 timed chunks",
     "spread": "largest minus smallest denoise_fps over prompts / its median",

@@ -225,6 +225,7 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
     ordered = RoleMap(tuple(tuple(roles.at(layer, head) for head in row) for layer, row in enumerate(order)))
     cache = build_cache(config.cache, backbone, ordered, chunks)
     patience = NEXT_CHUNK if cache.backend.name == SDPA.name else AT_ONCE
+    records = records_passes(config.model, backbone.device)
     return Stream(
         backbone.model,
         cache,
@@ -232,13 +233,13 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
         backbone.shape,
         seeded(config.sample.seed if seed is None else seed),
         Switch(config.cache.switch, config.cache.recache_frames),
-        graphs=Graphs(patience) if records_passes(config.model, backbone.device) else None,
+        graphs=Graphs(patience) if records and not cache.backend.waits else None,
     )
 
 
 def records_passes(model: ModelConfig, device: str) -> bool:
-    """Whether passes of the transformer are recorded as CUDA graphs there."""
-    return model.graphs and torch.device(device).type == "cuda"
+    """Whether passes of the transformer are recorded as CUDA graphs there; on GPUs of AMD that was never tried."""
+    return model.graphs and torch.device(device).type == "cuda" and torch.version.cuda is not None
 
 
 def build_sampling(sample: SampleConfig, family: Family | None = None) -> Sampling:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hforce.errors import DataError, memory_for
+from hforce.graphs import side_queue
 from hforce.models.base import Backbone
 from hforce.stream import Chunk, Stream, Take
 
@@ -45,6 +46,17 @@ def decoded(
                 raise DataError(message, "the codec's weights do not fit the model; the chunks before it are kept")
             pictures = to_bytes(frames)
         yield chunk, pictures, {**chunk.seconds, "decode": time.perf_counter() - begin}
+
+
+def warm_up(backbone: Backbone) -> None:
+    """Decodes two chunks of zeros. To be done before anything else is at work on a GPU.
+
+    Our kernels are built then, and cuDNN tries out convolutions: beside a chunk being made it would time that, too.
+    """
+    decoder, chunk = backbone.codec.decoder(), (1, backbone.geometry.chunk, *backbone.shape)
+    with torch.inference_mode(), _beside(backbone.device):
+        for _ in range(2):  # the first one is short
+            to_bytes(decoder(torch.zeros(chunk, device=backbone.device, dtype=backbone.dtype)))
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -84,4 +96,5 @@ def _beside(device: str) -> AbstractContextManager[object]:
     The latents are there when it begins, for `Stream` has looked at all their values; and when it ends, `to_bytes` has
     waited for everything in it.
     """
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.startswith("cuda") else nullcontext()
+    here = torch.device(device)
+    return torch.cuda.stream(side_queue(here, "decoding")) if here.type == "cuda" else nullcontext()

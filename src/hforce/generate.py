@@ -24,7 +24,7 @@ from hforce.build import (
     check_cache,
     pin_model,
 )
-from hforce.decoding import decoded
+from hforce.decoding import decoded, warm_up
 from hforce.errors import HforceError, InterruptedRun, OutputError, RoomError, memory_for
 from hforce.memory import Mode, check, gib
 from hforce.models.base import Backbone, Blueprint, Described
@@ -137,6 +137,8 @@ class Studio:
         if self.backbone is None:
             with memory_for("loading the model"):
                 self.backbone = load(self.blueprint, self.mode, self.prompts)
+                if self.makes_ahead:
+                    warm_up(self.backbone)
         return self.backbone
 
     @property
@@ -246,7 +248,8 @@ def make(config: Config, backbone: Backbone, job: Job, ahead: bool, tell: Callab
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
 
     def finish(whole: Path) -> None:
-        outcome = {"frames": done, "seconds": round(time.monotonic() - started, 3), "stages": _rounded(spent)}
+        outcome = {"frames": done, "seconds": round(time.monotonic() - started, 3), "stages": _rounded(spent),
+                   "attention": stream.attention}  # fmt: skip
         picture = sheet.draw(max(1, factor // 2)) if video.contact_sheet else None
         certify(whole, job.target, record(config, backbone, job), outcome, picture)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +35,12 @@ class Recorded:
     number: int
 
 
+@lru_cache
+def side_queue(device: torch.device, use: str) -> torch.cuda.Stream:
+    """The CUDA stream of a device for one use: memory is reused within a stream alone, and torch has few of them."""
+    return torch.cuda.Stream(device)
+
+
 class Graphs:
     """Starting a pass of a billion weights takes Python about as long as the GPU needs for it; a recorded one, nothing.
 
@@ -54,7 +62,6 @@ class Graphs:
         self._given: TextContext | None = None
         self._text: TextContext | None = None
         self._pool: Any = None
-        self._queue: torch.cuda.Stream | None = None
         self._works = True
 
     def again(self) -> Graphs:
@@ -99,9 +106,9 @@ class Graphs:
         """Records a pass, which does not make it. Returns whether it could be."""
         assert self._text is not None, "there is a prompt before there is a pass"
         x, t, graph, before = x.clone(), t.clone(), torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(x.device)
-        self._queue = self._queue or torch.cuda.Stream(x.device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.device(x.device), torch.cuda.stream(self._queue):
+            with torch.cuda.device(x.device), torch.cuda.stream(side_queue(x.device, "recording")):
                 # Not by torch.cuda.graph, which collects garbage and gives all free memory back before every recording.
                 # What other threads do meanwhile, as decoding, is no part of it.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -110,10 +117,12 @@ class Graphs:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
+            # A recording that broke off leaves the allocator in the belief that it goes on.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(x.device.index, self._pool)
             log.warning("passes run in single steps, for recording one failed: %s", str(error).partition("\n")[0])
             self._works = False
             return False
-        self._pool = graph.pool()
         self.nbytes += max(0, torch.cuda.memory_reserved(x.device) - before)
         self._kept[key] = Recorded(graph, x, t, flow, len(self.replays))
         self.replays.append(0)

@@ -68,7 +68,7 @@ class Stopwatch:
     def __init__(self, device: torch.device, graphs: Graphs | None = None) -> None:
         self._device, self._graphs = device, graphs
         self._marks: list[tuple[Any, Any]] = []
-        self._recorded: list[tuple[Any, Any]] = []  # of all recorded passes, one after the other
+        self._recorded: dict[int, list[tuple[Any, Any]]] = {}  # by the number of the recorded pass
         self._before: list[int] = []
 
     def around(self, attend: Attend) -> Attend:
@@ -76,9 +76,12 @@ class Stopwatch:
 
         def timed(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             is_recording = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            marks = self._marks
+            if is_recording and self._graphs:
+                marks = self._recorded.setdefault(len(self._graphs.replays), [])
             begin = self._mark(is_recording)
             out = attend(layer, q, k, v)
-            (self._recorded if is_recording else self._marks).append((begin, self._mark(is_recording)))
+            marks.append((begin, self._mark(is_recording)))
             return out
 
         return timed
@@ -92,12 +95,9 @@ class Stopwatch:
         if self._device.type == "cpu":
             return sum(end - begin for begin, end in self._marks)
         seconds = sum(begin.elapsed_time(end) for begin, end in self._marks)
-        replays = self._graphs.replays if self._graphs else []
-        calls = len(self._recorded) // max(1, len(replays))  # in a pass
-        for number, total in enumerate(replays):
+        for number, total in enumerate(self._graphs.replays if self._graphs else []):
             if launches := total - (self._before[number] if number < len(self._before) else 0):
-                marks = self._recorded[number * calls : (number + 1) * calls]
-                seconds += launches * sum(begin.elapsed_time(end) for begin, end in marks)
+                seconds += launches * sum(begin.elapsed_time(end) for begin, end in self._recorded[number])
         return seconds / 1000  # events tell milliseconds
 
     def _mark(self, is_recording: bool) -> Any:

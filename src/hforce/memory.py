@@ -178,10 +178,10 @@ def turning_bytes(work: Work) -> int:
     g, lanes = work.geometry, work.lanes.values()
     past = g.tokens * (2 * rotary_pairs(g.head_dim)[0] if work.turns_keys else 0)
     turned = max(max(min(sum(lane.heads) * lane.capacity * past, MOST_TURNED), lane.capacity * past) for lane in lanes)
-    moved = max(sum(lane.heads) for lane in lanes) * g.tokens * g.head_dim * work.itemsize
+    moved = 3 * max(sum(lane.heads) for lane in lanes) * g.tokens * g.head_dim * work.itemsize
     looked = max(sum(lane.heads[layer] for layer in lane.looked) for lane in lanes)
     looks = 2 * FLOAT * looked * g.chunk * g.tokens * g.head_dim
-    return max(turned * (FLOAT if work.itemsize == FLOAT else 2 * FLOAT + work.itemsize), moved, looks)
+    return max(turned * (2 if work.itemsize == FLOAT else 3) * FLOAT, moved, looks)
 
 
 def pass_bytes(work: Work) -> int:

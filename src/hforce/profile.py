@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import hforce
+from hforce.attention.backends import attends_by
 from hforce.build import build_backbone, build_sampling, build_stream
 from hforce.cache.heads import HeadCache
 from hforce.cache.roles import (
@@ -260,7 +261,7 @@ def _calibration(config: Config, backbone: Backbone, rollouts: Sequence[RollOut]
         timesteps=tuple(step.timestep for step in build_sampling(config.sample, backbone.family).steps),
         dtype=str(weight.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device),
-        attention=config.cache.backend,
+        attention=attends_by(config.cache.backend, weight.device, weight.dtype, backbone.geometry.head_dim),
         mode=config.profile.mode,
         policy=f"{policy.policy}({options})" if options else policy.policy,
         chunks=tuple(sorted({chunk for rollout in rollouts for chunk in rollout.chunks})),

@@ -58,8 +58,8 @@ def record(config: Config, backbone: Described, job: Job) -> dict[str, Any]:
     seen = {name: recipe.pop(name) for name in ("window", "sink")}
     opening = job.opening
     init = opening and {**asdict(opening.init), "sha256": opening.sha256, "latents": job.plan.given}
-    # How the files came here and what was held in memory say nothing of the video.
-    model = replace(config.model, offline=False, memory="auto", memory_limit="")
+    # How the files came here, what was held in memory and how passes were launched say nothing of the video.
+    model = replace(config.model, offline=False, memory="auto", memory_limit="", graphs=True)
     settings = {"model": asdict(model), "cache": asdict(config.cache), "sample": asdict(config.sample) | recipe}
     return {
         "kind": KIND,

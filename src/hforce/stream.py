@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hforce.attention.vendor import vendor_kernels
-from hforce.cache.heads import CacheStats
+from hforce.cache.heads import CacheStats, HeadCache
 from hforce.errors import DataError
 from hforce.geometry import Geometry
 from hforce.graphs import Graphs
@@ -124,6 +124,11 @@ class Stream:
     kernels: Callable[[torch.device], AbstractContextManager[None]] = vendor_kernels
     clock: Callable[[], float] = time.perf_counter
     _drawn: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False)  # ahead: see `_draw_ahead`
+
+    @property
+    def attention(self) -> str:
+        """What attends, as it is called in reports."""
+        return self.cache.backend.name if isinstance(self.cache, HeadCache) else "sdpa"
 
     @torch.inference_mode()
     def play(self, script: Iterable[Take], given: Tensor | None = None) -> Iterator[Chunk]:

@@ -24,7 +24,7 @@ from hforce.rules import nearest
 
 log = logging.getLogger(__name__)
 
-VENDOR, AUTO, CPU = "vendor", "auto", torch.device("cpu")
+VENDOR, AUTO, CUDNN, CPU = "vendor", "auto", "cudnn", torch.device("cpu")
 AMPERE = 8  # major compute capability
 WIDEST = 128  # head dim up to which the tiles of the Triton kernel fit into shared memory
 FLASH_WIDEST = 256
@@ -37,7 +37,7 @@ class Entry:
     load: Callable[[], Attention]
     lacks: Callable[[torch.device, torch.dtype, int], str]  # device, dtype, head dim -> the reason; "": it can run
     turns_queries: bool = False
-    is_fast: bool = True  # a candidate for "auto"
+    is_fast: bool = True  # a candidate for "auto"; one that is not waits for the device
 
 
 def attend_dense(query: Tensor, view: LayerView) -> Tensor:
@@ -67,7 +67,7 @@ def attend_varlen(query: Tensor, view: LayerView) -> Tensor:
 def make_backend(name: str, device: torch.device = CPU) -> Backend:
     """The backend that the table calls `name`, whether or not it can run there; on CUDA our kernels keep the past."""
     entry = BACKENDS[name]
-    return Backend(name, entry.load(), entry.turns_queries, choose_keeping(device))
+    return Backend(name, entry.load(), entry.turns_queries, choose_keeping(device), waits=not entry.is_fast)
 
 
 def choose_keeping(device: torch.device) -> Keeping:
@@ -79,15 +79,10 @@ def choose_keeping(device: torch.device) -> Keeping:
     return Keeping(triton_kernel.place, triton_kernel.move, triton_kernel.turn_past)
 
 
-def has_triton(device: torch.device) -> bool:
-    """Whether Triton is there for such a device; `can_launch` finds out whether it works."""
-    return not _triton_lacks(device, torch.float32, 0)
-
-
 @lru_cache
 def can_launch(device: torch.device) -> bool:
     """Whether Triton can run kernels there. One is tried: it takes a C compiler, and nothing tells that beforehand."""
-    if not has_triton(device):
+    if _triton_lacks(device, torch.float32, 0):
         return False
     from hforce.attention import triton_kernel
 
@@ -128,16 +123,41 @@ def choose_backend(name: str, layer: Layer, device: torch.device, dtype: torch.d
     is timed. Raises what `check_backend` raises.
     """
     check_backend(name, device, dtype, layer.head_dim)
-    lacking = reasons(device, dtype, layer.head_dim)
-    if name == VENDOR:
-        name = "sdpa" if lacking["cudnn"] else "cudnn"
+    name = attends_by(name, device, dtype, layer.head_dim)
     if name != AUTO:
         return make_backend(name, device)
+    lacking = reasons(device, dtype, layer.head_dim)
+    if lacking.get(CUDNN) == "":
+        lacking[CUDNN] = try_cudnn(device, dtype, layer.head_dim)
     able = [make_backend(known, device) for known, entry in BACKENDS.items() if entry.is_fast and not lacking[known]]
     if len(able) == 1:
         return able[0]
     seconds = race([enter(backend, layer, device, dtype) for backend in able], device)
     return able[seconds.index(min(seconds))]
+
+
+def attends_by(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """A backend by its name, and what "vendor" is there. Raises BackendError for `cudnn` where it does not work."""
+    if name not in (VENDOR, CUDNN):
+        return name
+    if _cudnn_lacks(device, dtype, head_dim):
+        return "sdpa"
+    if failed := try_cudnn(device, dtype, head_dim):
+        if name == CUDNN:
+            raise BackendError(f"attention backend {name!r} {failed}", "use cache.backend=sdpa")
+        log.warning("attention is by sdpa, for cudnn %s", failed)
+    return "sdpa" if failed else CUDNN
+
+
+@lru_cache
+def try_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why cuDNN's own attention does not work here, as it has to be tried to know; "" where it does."""
+    try:
+        enter(make_backend(CUDNN, device), Layer(8, 8, head_dim, (1, 3)), device, dtype)()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of types that only its package knows
+        return f"does not work here: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+    return ""
 
 
 def _lacks_nothing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -203,7 +223,7 @@ def _load_triton() -> Attention:
 BACKENDS: Mapping[str, Entry] = MappingProxyType(
     {
         "sdpa": Entry(lambda: attend_dense, _lacks_nothing),
-        "cudnn": Entry(_load_cudnn, _cudnn_lacks),
+        CUDNN: Entry(_load_cudnn, _cudnn_lacks),
         "varlen": Entry(lambda: attend_varlen, _varlen_lacks),
         "triton": Entry(_load_triton, _triton_lacks, turns_queries=True),
         "triton-key": Entry(_load_triton, _triton_lacks),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import cudnn
@@ -27,7 +27,7 @@ class Plan:
 
 
 def attend(query: Tensor, view: LayerView) -> Tensor:
-    """query [N, H, D], turned in full -> [N, H, D]. Lengths stay on the device, so one plan serves all layers alike."""
+    """query [N, H, D], turned in full -> [N, H, D]. Lengths stay on the device: a plan serves all layers as deep."""
     query = query.contiguous()
     queries, heads, width = query.shape
     made = _plan(query.device, query.dtype, queries, heads, width, view.longest)
@@ -37,14 +37,20 @@ def attend(query: Tensor, view: LayerView) -> Tensor:
         "query": query, "keys": view.keys, "values": view.values, "out": out, "queries": made.queries, "length": length,
         "query_row": made.rows, "out_row": made.rows, "key_row": begin, "value_row": begin,
     }  # fmt: skip
-    handle = _handle(query.device)
-    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(query.device).cuda_stream)
-    made.graph.execute({made.given[name]: x for name, x in given.items()}, workspace, handle=handle)
+    with torch.cuda.device(query.device):
+        handle = _handle(query.device)
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        made.graph.execute({made.given[name]: x for name, x in given.items()}, workspace, handle=handle)
     return out
 
 
-@lru_cache(maxsize=64)
+@cache  # recorded passes go on reading what a plan holds
 def _plan(device: torch.device, dtype: torch.dtype, queries: int, heads: int, width: int, longest: int) -> Plan:
+    with torch.cuda.device(device):
+        return _make_plan(device, dtype, queries, heads, width, longest)
+
+
+def _make_plan(device: torch.device, dtype: torch.dtype, queries: int, heads: int, width: int, longest: int) -> Plan:
     graph = cudnn.pygraph(
         io_data_type=TYPES[dtype], intermediate_data_type=cudnn.data_type.FLOAT,
         compute_data_type=cudnn.data_type.FLOAT, handle=_handle(device),

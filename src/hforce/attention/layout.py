@@ -151,12 +151,16 @@ PLAIN = Keeping()
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to attend. One that `turns_queries` wants keys as they were written, and `LayerView.turns` beside them."""
+    """A way to attend. One that `turns_queries` wants keys as they were written, and `LayerView.turns` beside them.
+
+    One that `waits` asks the device for something in a pass, which can then not be recorded.
+    """
 
     name: str
     attend: Attention
     turns_queries: bool = False
     keeping: Keeping = PLAIN
+    waits: bool = False
 
 
 def view_of(keys: Tensor, values: Tensor, counts: Sequence[int], turns: Turns | None = None) -> LayerView:

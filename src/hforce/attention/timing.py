@@ -82,9 +82,10 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
         call()
         return time.perf_counter() - begin
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    call()
-    end.record()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3

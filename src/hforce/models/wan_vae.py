@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hforce.attention.backends import can_launch, has_triton
+from hforce.attention.backends import can_launch
 from hforce.errors import CheckpointError, DataError
 from hforce.extras import optional
 from hforce.models.base import DecoderNeeds
@@ -37,7 +37,7 @@ STD = (
 )  # fmt: skip
 
 Features = list[Any]
-"""What a stream remembers: for every convolution in time the last two frames it was given (or that it saw one)."""
+"""What a stream remembers: for every convolution in time the last two frames it was given; None before the first."""
 
 
 class WanCodec:
@@ -169,7 +169,7 @@ def codec_needs(
     entries = read_weights(path).entries
     width = codec_sizes(entries, path)["decoder_base_dim"]
     weights = sum(torch.Size(entry.shape).numel() for entry in entries.values()) * dtype.itemsize
-    return weights, partial(decoder_needs, width, cells, dtype, has_triton(device))
+    return weights, partial(decoder_needs, width, cells, dtype, can_launch(device))
 
 
 def decoder_needs(
