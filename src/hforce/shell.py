@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import signal
 import sys
 import traceback
@@ -86,7 +87,19 @@ def start(app: typer.Typer) -> None:
         is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
         # Paths that are no text come out as they went in; what an old encoding cannot say is told by its number.
         sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
-    sys.exit(run(app))
+    try:
+        code = run(app)
+    finally:
+        _let_go()
+    sys.exit(code)
+
+
+def _let_go() -> None:
+    """Throws away what standard output does not take: Python would try again, and end with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _on_signal(number: int, code: int) -> None:
