@@ -116,7 +116,7 @@ def _running_median(values: Any) -> Any:
 
 
 def _draw_speeds(axes: Axes, rows: Sequence[Row]) -> None:
-    _draw_bars(axes, [row.setup for row in rows], {
+    _draw_bars(axes, [row.setup.replace("-", "-\n") for row in rows], {
         "D: denoising and clean pass": ([row.denoise_fps for row in rows], "0.35"),
         "E2E: with decoding": ([row.e2e_fps for row in rows], "0.7"),
     })

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hforce.attention.rope import turn
 
-MOST_TURNED = 1 << 24  # values that plain operations turn at once
+MOST_TURNED = 1 << 22  # values that plain operations turn at once
 
 
 @dataclass(frozen=True)
