@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +116,7 @@ def attend(query: Tensor, view: LayerView) -> Tensor:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     turns = view.turns
     phase, lane = (turns.phase, turns.lane) if turns else (view.length, view.length)  # never read without turns
-    with _device_of(query):
+    with torch.cuda.device_of(query):
         _attend_tile[(triton.cdiv(queries, tiles.queries) * heads,)](
             query, view.keys, view.values, out, view.begin, view.length, view.order, lane, phase,
             queries, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
@@ -159,7 +158,7 @@ def place(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, view: LayerV
     assert view.keys.is_contiguous() and view.values.is_contiguous(), "rows must be whole"
     query, key, value, phase = (x.contiguous() for x in (query, key, value, phase))
     turned, row = torch.empty_like(query), heads * width
-    with _device_of(query):
+    with torch.cuda.device_of(query):
         _place_row[(tokens, triton.cdiv(row, PLACED))](
             query, key, value, turned, view.keys, view.values, view.begin, torch.view_as_real(phase), row, width, PLACED
         )
@@ -209,7 +208,7 @@ def move(past: Past, sources: Sequence[int], targets: Sequence[int]) -> None:
     _, tokens, row = past.keys.shape
     times, width = (past.keys, 0) if past.times is None else (past.times, past.times.shape[-1])  # or never touched
     slots = torch.tensor([sources, targets], device=past.keys.device)
-    with _device_of(past.keys):
+    with torch.cuda.device_of(past.keys):
         _move_slots[(len(past.first), len(sources), triton.cdiv(tokens * row, MOVED))](
             past.keys, past.values, times, past.first, past.early, slots[0], slots[1],
             past.chunk, tokens * row, row, width, past.times is not None, MOVED,
@@ -220,13 +219,8 @@ def turn_past(past: Past, phase: Tensor) -> None:
     """`layout.turn_past` in one launch."""
     assert past.times is not None, "keys that stay as they were written are not turned"
     tokens, row, width = *past.keys.shape[1:], past.times.shape[-1]
-    with _device_of(past.keys):
+    with torch.cuda.device_of(past.keys):
         _turn_slots[(len(past.first), len(phase), triton.cdiv(tokens * width, MOVED))](
             past.keys, past.times, past.first, past.early, torch.view_as_real(phase.contiguous()),
             past.chunk, tokens, row, width, MOVED,
         )  # fmt: skip
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of a tensor the current one, on which Triton launches, in whichever thread."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

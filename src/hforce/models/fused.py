@@ -6,7 +6,6 @@ written, which is less often than in single steps.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -113,7 +112,7 @@ def add_and_norm(
     total = x if y is None else torch.empty_like(x)
     normed = torch.empty_like(x) if norms else x
     rows = x.numel() // dim
-    with _device_of(x):
+    with torch.cuda.device_of(x):
         _add_and_norm[(rows,)](
             x, x if y is None else y.contiguous(), total, normed, block.modulation, time,
             block.norm3.weight, block.norm3.bias, dim, rows // (time.shape[0] * time.shape[1]), block.eps,
@@ -125,11 +124,6 @@ def add_and_norm(
 def normed_(x: Tensor, norm: RMSNorm) -> Tensor:
     """The RMS norm of x [..., dim], in its place."""
     dim = x.shape[-1]
-    with _device_of(x):
+    with torch.cuda.device_of(x):
         _rms_norm[(x.numel() // dim,)](x, norm.weight, dim, norm.eps, triton.next_power_of_2(dim), num_warps=WARPS)
     return x
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of a tensor the current one, on which Triton launches, in whichever thread."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
