@@ -42,6 +42,21 @@ for element, capability in (("bf16", 90), ("fp32", 80)):
     signature = dict(zip(kernel._place_row.arg_names, kinds, strict=True))
     source = ASTSource(kernel._place_row, signature, dict(B=kernel.PLACED))
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+from hforce.models import fused, wan_join
+half, whole, number, real = "*bf16", "*i64", "i32", "fp32"
+small = {
+    kernel._move_slots: ([half] * 3 + [whole] * 4 + [number] * 4, dict(KEEPS=True, B=kernel.MOVED)),
+    kernel._turn_slots: ([half] * 2 + [whole] * 2 + ["*fp32"] + [number] * 4, dict(B=kernel.MOVED)),
+    fused._add_and_norm: ([half] * 8 + [number] * 2 + [real], dict(ADDS=True, GATE=2, NORMS=True, SHIFT=3, B=2048)),
+    fused._rms_norm: ([half] * 2 + [number, real], dict(B=2048)),
+    wan_join._join_pixels: ([half] * 6 + [number] * 2 + [real], dict(ADDS=True, BIASED=True, P=32, B=128)),
+    wan_join._double_pixels: ([half] * 2 + [number] * 3, dict(P=32, B=128)),
+}
+for function, (kinds, constants) in small.items():
+    for capability in (80, 90):
+        signature = dict(zip(function.arg_names, [*kinds, *["constexpr"] * len(constants)], strict=True))
+        source = ASTSource(function, signature, constants)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"], (function, capability)
 sys.stdout.write("compiled")
 """
 
