@@ -37,7 +37,7 @@ class Entry:
     load: Callable[[], Attention]
     lacks: Callable[[torch.device, torch.dtype, int], str]  # device, dtype, head dim -> the reason; "": it can run
     turns_queries: bool = False
-    is_fast: bool = True  # a candidate for "auto"; one that is not waits for the device
+    waits: bool = False  # for the device, in every pass: it is no candidate for "auto"
 
 
 def attend_dense(query: Tensor, view: LayerView) -> Tensor:
@@ -67,7 +67,7 @@ def attend_varlen(query: Tensor, view: LayerView) -> Tensor:
 def make_backend(name: str, device: torch.device = CPU) -> Backend:
     """The backend that the table calls `name`, whether or not it can run there; on CUDA our kernels keep the past."""
     entry = BACKENDS[name]
-    return Backend(name, entry.load(), entry.turns_queries, choose_keeping(device), waits=not entry.is_fast)
+    return Backend(name, entry.load(), entry.turns_queries, choose_keeping(device), entry.waits)
 
 
 def choose_keeping(device: torch.device) -> Keeping:
@@ -129,7 +129,7 @@ def choose_backend(name: str, layer: Layer, device: torch.device, dtype: torch.d
     lacking = reasons(device, dtype, layer.head_dim)
     if lacking.get(CUDNN) == "":
         lacking[CUDNN] = try_cudnn(device, dtype, layer.head_dim)
-    able = [make_backend(known, device) for known, entry in BACKENDS.items() if entry.is_fast and not lacking[known]]
+    able = [make_backend(known, device) for known, entry in BACKENDS.items() if not (entry.waits or lacking[known])]
     if len(able) == 1:
         return able[0]
     seconds = race([enter(backend, layer, device, dtype) for backend in able], device)
@@ -227,7 +227,7 @@ BACKENDS: Mapping[str, Entry] = MappingProxyType(
         "varlen": Entry(lambda: attend_varlen, _varlen_lacks),
         "triton": Entry(_load_triton, _triton_lacks, turns_queries=True),
         "triton-key": Entry(_load_triton, _triton_lacks),
-        "reference": Entry(lambda: reference.attend, _lacks_nothing, turns_queries=True, is_fast=False),
+        "reference": Entry(lambda: reference.attend, _lacks_nothing, turns_queries=True, waits=True),
     }
 )
 SDPA = Backend("sdpa", attend_dense)

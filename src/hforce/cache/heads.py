@@ -87,6 +87,7 @@ class HeadCache:
         self._looks = self._choose_looks()
         self._seen = self._room_for_keys(dtype)
         self._laid: dict[Hashable, list[LayerView]] = {}
+        self._layout: Hashable = None
         self.reset()
 
     def reset(self) -> None:
@@ -191,6 +192,8 @@ class HeadCache:
     def _lay_out(self, frames: int) -> None:
         """Lays out what every layer reads in passes of so many frames."""
         held = tuple(len(lane.held) for lane in self.lanes)
+        if self._layout == (frames, held):
+            return
         self._frames, self._layout = frames, (frames, held)
         self.store.tell(frames, held)
         if self._layout not in self._laid:
