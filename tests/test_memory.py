@@ -80,7 +80,7 @@ def test_a_pass_takes_what_was_planned_or_up_to_a_tenth_less(dim, ffn, grid, row
     model, geometry, roles = CausalWan(config).to(dtype), Geometry(5, 4, dim // 4, grid), ordered(role_map(*rows))
     cache = HeadCache(geometry, roles, POLICIES["their own"], dtype)
     text = model.project_text(torch.ones(1, 5, 8, dtype=dtype))
-    latents, t = torch.ones(1, 3, 16, 2 * grid[0], 2 * grid[1], dtype=dtype), torch.zeros(1, 3)
+    latents, t = torch.ones(1, 3, 16, 2 * grid[0], 2 * grid[1], dtype=dtype), torch.zeros(1, 1)
     for _ in range(6):
         model(latents, t, text, cache.attend)
         cache.advance()

@@ -21,7 +21,7 @@ AT_ONCE, NEXT_CHUNK = 1, 6  # passes in single steps before one is recorded: in 
 MOST = 8  # recorded passes kept at a time
 
 Run = Callable[[Tensor, Tensor, TextContext], Tensor]
-"""A pass: latents [1, F, C, h, w], timesteps [1, F] and text -> flow [1, F, C, h, w]."""
+"""A pass: latents [1, F, C, h, w], timestep [1, 1] and text -> flow [1, F, C, h, w]."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hforce.cache.heads import LOOK_EVERY
 from hforce.errors import SMALLER, RoomError
 from hforce.geometry import Geometry
 from hforce.models.base import Needs
-from hforce.models.dit import WanConfig
+from hforce.models.dit import WanConfig, joins_gelu
 
 GIB = 1 << 30
 FLOAT = 4  # bytes of a float32: what norms and angles are computed in
@@ -188,20 +188,22 @@ def pass_bytes(work: Work) -> int:
     """What one pass of the transformer adds at most, above the weights, the cache and the text context.
 
     Counted in a block, in each place where most is alive: the tokens `x` that it was given, what it made of them until
-    then, and the modulations of every frame: seven of the model, and in the block's second half four of its own.
+    then, and modulations, alike for all frames: seven of the model, and in the block's second half four of its own.
     """
     x, c, g = _tokens(work), work.config, work.geometry
     tokens = g.chunk * g.tokens
     as_float = 0 if work.itemsize == FLOAT else tokens * c.dim * FLOAT
     inner = tokens * c.ffn_dim * work.itemsize
     calls = min(2, len({lane.capacity for lane in work.lanes.values()}))  # of several, the results are joined
-    modulation = g.chunk * c.dim * work.itemsize
+    modulation = c.dim * work.itemsize
+    wide = 3 if work.here == "cpu" and not as_float else 2  # see `dit.Gelu`
+    if wide == 3 and joins_gelu():
+        wide = 1
     return 7 * modulation + max(
         6 * x + 2 * as_float + (x if as_float else tokens * c.dim * FLOAT),  # turning keys
         (6 + calls) * x + tokens * c.heads * FLOAT,  # attention
         4 * modulation + (5 * x + 3 * as_float if as_float else 7 * x) + tokens * FLOAT,  # norm of queries to the text
-        # feed-forward, see `dit.Gelu`
-        4 * modulation + 4 * x + inner * (3 if work.here == "cpu" and not as_float else 2),
+        4 * modulation + max(4 * x + inner * wide, 5 * x + inner),  # feed-forward
     )
 
 

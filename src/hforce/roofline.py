@@ -81,12 +81,10 @@ def pass_work(config: WanConfig, geometry: Geometry, frames_read: float, itemsiz
     keys = frames_read * geometry.tokens
     per_token = c.layers * c.dim * (6 * c.dim + 2 * c.ffn_dim)  # weights: six projections and the feed-forward
     per_token += c.dim * c.patch[1] * c.patch[2] * (c.in_channels + c.out_channels)
-    per_frame = c.dim * (c.freq_dim + 7 * c.dim)  # of the timestep's embedding
+    once = c.dim * (c.freq_dim + 7 * c.dim)  # of the timestep's embedding
     moved = c.layers * tokens * (14 * c.dim + 2 * c.ffn_dim)  # what all of these read and write
     return {
-        "linear": Work(
-            MULTIPLY_ADD * (tokens * per_token + geometry.chunk * per_frame), itemsize * (per_token + per_frame + moved)
-        ),
+        "linear": Work(MULTIPLY_ADD * (tokens * per_token + once), itemsize * (per_token + once + moved)),
         "self_attention": Work(
             MULTIPLY_ADD * 2 * c.layers * wide * keys, itemsize * c.layers * 2 * (wide + keys * c.dim)
         ),

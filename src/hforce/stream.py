@@ -199,7 +199,7 @@ class Stream:
             recent.popleft()
 
     def _flow(self, x: Tensor, timestep: float, text: TextContext) -> Tensor:
-        t = torch.full(x.shape[:2], timestep, device=x.device)
+        t = torch.full((1, 1), timestep, device=x.device)
         layout = self.cache.open(x.shape[1])
         if self.graphs:
             return self.graphs(self._run, x, t, text, layout)

@@ -104,6 +104,26 @@ def test_modulation_and_gates_are_per_frame() -> None:
             close(gated[item, token], one + gate[item, frame, 0] * y[item, token])
 
 
+def test_one_timestep_for_a_chunk_is_the_same_for_each_of_its_frames() -> None:
+    wan, (x, _, text) = random_wan(), inputs(2)
+    for items in (1, 2):
+        one, many = (run(wan, x[:items], torch.full((items, n), 700.0), text[:items]) for n in (1, 3))
+        close(one, many)
+
+
+@pytest.mark.parametrize("registers", ["AVX2", "AVX512"])
+def test_linear_layers_give_the_same_where_nothing_is_learned(monkeypatch: pytest.MonkeyPatch, registers: str) -> None:
+    """They are oneDNN's then, and where registers are wide, it applies GELU in the product."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: registers)
+    forward, x = random_wan(heads=2).blocks[0].ffn, 3 * draw(2, 7, 2 * WIDTH)
+    up, _, down = forward.double()
+    truth = down(F.gelu(up(x.double()), approximate="tanh")).float()
+    with torch.inference_mode():
+        close(forward.float()(x), truth, 1e-5)
+        close(forward(x[:, ::2]), truth[:, ::2], 1e-5)
+    close(forward(x), truth, 1e-5)
+
+
 def test_the_norms_of_queries_and_keys_span_all_heads() -> None:
     block, x = random_wan().blocks[0].self_attn, draw(1, 5, 3 * WIDTH)
     for made, linear, norm in zip(block.project(x)[:2], (block.q, block.k), (block.norm_q, block.norm_k), strict=True):

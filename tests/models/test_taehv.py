@@ -136,11 +136,12 @@ def test_frames_are_in_0_to_1_and_raw_ones_need_not_be() -> None:
 
 
 def test_a_memory_block_sees_its_own_input_one_step_ago_and_zeros_at_first() -> None:
-    block, x = MemBlock(4).double().requires_grad_(False), draw(1, 3, 4, 5, 5)
+    block, x = MemBlock(4).double().requires_grad_(False), draw(2, 3, 5, 6, 4)
     out, last = block(x, None)
     for step in range(3):
         past = x[:, step - 1] if step else torch.zeros_like(x[:, 0])
-        alone = torch.relu(block.conv(torch.cat([x[:, step], past], dim=1)) + x[:, step])
+        joined = torch.cat([x[:, step], past], dim=3)
+        alone = torch.relu(block.conv(joined.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + x[:, step])
         close(out[:, step], alone)
     close(last, x[:, -1], 0)
 
@@ -148,7 +149,7 @@ def test_a_memory_block_sees_its_own_input_one_step_ago_and_zeros_at_first() -> 
 def test_growing_and_pooling_keep_the_order_of_frames() -> None:
     """With weights that number the frames of a latent, and two channels that must stay apart."""
     grow, pool = (layer(2, 3).double().requires_grad_(False) for layer in (TGrow, TPool))
-    x, factor = draw(1, 2, 2, 1, 1), torch.tensor([1.0, 10.0, 100.0]).double()
+    x, factor = draw(1, 2, 1, 1, 2), torch.tensor([1.0, 10.0, 100.0]).double()
     frame_by_frame = torch.kron(factor, torch.eye(2, dtype=torch.float64))  # [2, 6]: frame, then channel
     grow.conv.weight.copy_(frame_by_frame.reshape(2, 3, 2).permute(1, 2, 0).reshape(6, 2, 1, 1))
     pool.conv.weight.copy_(frame_by_frame[..., None, None])

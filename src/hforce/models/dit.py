@@ -79,13 +79,48 @@ class Gelu(nn.Module):
         return cubic.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
 
 
+class Linear(nn.Linear):
+    """A linear layer, on a CPU by oneDNN: MKL, which torch asks by itself, leaves half of an AMD core idle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_for_onednn(x):
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers and GELU in between, which oneDNN may join to the first one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, dim] -> [B, N, dim]."""
+        if not is_for_onednn(x) or not joins_gelu():
+            return super().forward(x)
+        up, _, down = self
+        return down(torch.ops.mkldnn._linear_pointwise(x, up.weight, up.bias, "gelu", [], "tanh"))
+
+
+def is_for_onednn(x: Tensor) -> bool:
+    """Whether linear layers of x are oneDNN's: in float32 on a CPU whose torch has it, where nothing is learned.
+
+    torch.compile cannot join it to a program that many blocks share.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def joins_gelu() -> bool:
+    """Whether oneDNN is to apply GELU where it multiplies: on registers of less than 512 bits, `Gelu` is faster."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 class Projections(nn.Module):
     """The q, k, v, o of an attention with norms on q and k (names as in the checkpoints)."""
 
     def __init__(self, c: WanConfig) -> None:
         super().__init__()
         self.heads = c.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(c.dim, c.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
 
     def split(self, x: Tensor) -> Tensor:
@@ -127,7 +162,7 @@ class Block(nn.Module):
         self.dim, self.eps = c.dim, c.eps
         self.self_attn, self.cross_attn = SelfAttention(c), CrossAttention(c)
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), Gelu(), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = FeedForward(Linear(c.dim, c.ffn_dim), Gelu(), Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def before(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +179,12 @@ class Block(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm, then scale and shift frame by frame: x [B, N, dim], shift and scale [B, F, 1, dim] -> [B, N, dim]."""
+    """Layer norm, then scale and shift frame by frame: x [B, N, dim], shift and scale [B, F, 1, dim] -> [B, N, dim].
+
+    Where all frames are alike (F = 1), a CPU does it in one step.
+    """
+    if x.device.type == "cpu" and shift.shape[:2] == (1, 1):
+        return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), eps)
     frames = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift, frames, 1 + scale).flatten(1, 2)
 
@@ -169,9 +209,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, c.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, N, dim], time [B, F, dim] -> [B, F, S, patch values]."""
+        """x [B, N, dim], time [B, F, dim] -> [B, N, patch values]."""
         shift, scale = (self.modulation[:, None] + time[:, :, None]).chunk(2, dim=2)
-        return self.head(modulate(x, shift, scale, self.eps)).unflatten(1, (time.shape[1], -1))
+        return self.head(modulate(x, shift, scale, self.eps))
 
 
 class CausalWan(nn.Module):
@@ -220,7 +260,10 @@ class CausalWan(nn.Module):
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def forward(self, x: Tensor, t: Tensor, text: TextContext, attend: Attend) -> Tensor:
-        """x [B, F, C, h, w] noisy latents, t [B, F] timesteps in 0..1000 -> flow (noise - clean) [B, F, C, h, w]."""
+        """Flow (noise - clean) [B, F, C, h, w] of noisy latents x [B, F, C, h, w].
+
+        t [B, F] timesteps in 0..1000, or [B, 1] where all frames have the same; F is 1 then in all that follows from t.
+        """
         frames, rows, columns = x.shape[1], x.shape[3] // self.config.patch[1], x.shape[4] // self.config.patch[2]
         tokens = rearrange(self.patch_embedding(x.transpose(1, 2)), "b d f h w -> b (f h w) d").contiguous()
         time = self.time_embedding(sinusoid(t, self.config.freq_dim).to(x.dtype))
@@ -230,7 +273,7 @@ class CausalWan(nn.Module):
             tokens = self.after(block, tokens, heads, per_block, text.keys[layer], text.values[layer])
         patches = self.head(tokens, time)
         _, p, q = self.config.patch
-        return rearrange(patches, "b f (h w) (p q c) -> b f c (h p) (w q)", f=frames, h=rows, w=columns, p=p, q=q)
+        return rearrange(patches, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=rows, w=columns, p=p, q=q)
 
     @torch.no_grad()
     def order_heads(self, order: Sequence[Sequence[int]]) -> None:

@@ -1,4 +1,8 @@
-"""The tiny autoencoder: TAEHV for Wan latents, and the codec of the tiny model."""
+"""The tiny autoencoder: TAEHV for Wan latents, and the codec of the tiny model.
+
+Inside, frames are [B, T, h, w, C], channels last: so convolutions take them as they are, and joining or parting
+neighbours in time is a copy of whole rows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ TAEW = ("taew2_1.safetensors", "taew2_1.pth", "vae/taew2_1.safetensors", "vae/ta
 TAEHV_MARK = "encoder.0.weight"  # a tensor that other autoencoders do not have
 WIDENED = (1, 8, 14, 20)  # layers of the decoder that set its widths
 Memory = list[Tensor]
-"""What a streamed pass remembers: for every MemBlock the last frame it was given, [B, C, h, w]."""
+"""What a streamed pass remembers: for every MemBlock the last frame it was given, [B, h, w, C]."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,10 @@ class MemBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, C, h, w], past [B, C, h, w] or None -> the same shape, and the frame to remember."""
+        """x [B, T, h, w, C], past [B, h, w, C] or None -> the same shape, and the frame to remember."""
         first = torch.zeros_like(x[:, :1]) if past is None else past[:, None]
-        joined = torch.cat([x, torch.cat([first, x[:, :-1]], dim=1)], dim=2)
-        y = F.relu(self.conv(joined.flatten(0, 1)) + x.flatten(0, 1))
-        return y.unflatten(0, x.shape[:2]), x[:, -1].clone()  # a view would keep all of x in memory
+        joined = torch.cat([x, torch.cat([first, x[:, :-1]], dim=1)], dim=-1)
+        return F.relu(each(self.conv, joined) + x), x[:, -1].clone()  # a view would keep all of x in memory
 
 
 class TPool(nn.Module):
@@ -75,9 +78,8 @@ class TPool(nn.Module):
         self.conv = nn.Conv2d(width * stride, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, C, h, w] -> [B, T / stride, C, h, w]."""
-        joined = rearrange(x, "b (t s) c h w -> (b t) (s c) h w", s=self.stride)
-        return self.conv(joined).unflatten(0, (x.shape[0], -1))
+        """x [B, T, h, w, C] -> [B, T / stride, h, w, C]."""
+        return each(self.conv, rearrange(x, "b (t s) h w c -> b t h w (s c)", s=self.stride))
 
 
 class TGrow(nn.Module):
@@ -89,9 +91,8 @@ class TGrow(nn.Module):
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, C, h, w] -> [B, T stride, C, h, w]."""
-        grown = self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return rearrange(grown, "b t (s c) h w -> b (t s) c h w", s=self.stride)
+        """x [B, T, h, w, C] -> [B, T stride, h, w, C]."""
+        return rearrange(each(self.conv, x), "b t h w (s c) -> b (t s) h w c", s=self.stride)
 
 
 class Bound(nn.Module):
@@ -101,9 +102,14 @@ class Bound(nn.Module):
         return 3 * torch.tanh(x / 3)
 
 
+def each(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer for pictures [.., C, h, w] on every frame of x [B, T, h, w, C]."""
+    return layer(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
 def _run(layers: nn.Sequential, x: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
     """Runs x [B, T, C, h, w] through layers, handing each MemBlock its past. Returns the new memory."""
-    remembered: Memory = []
+    x, remembered = x.permute(0, 1, 3, 4, 2).contiguous(), Memory()
     for layer in layers:
         if isinstance(layer, MemBlock):
             past = None if memory is None else memory[len(remembered)]
@@ -112,8 +118,8 @@ def _run(layers: nn.Sequential, x: Tensor, memory: Memory | None) -> tuple[Tenso
         elif isinstance(layer, TPool | TGrow):
             x = layer(x)
         else:
-            x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    return x, remembered
+            x = each(layer, x)
+    return x.permute(0, 1, 4, 2, 3), remembered
 
 
 class TAEHV(nn.Module):
@@ -201,7 +207,8 @@ class TaehvCodec:
     name = "taehv"
 
     def __init__(self, net: TAEHV, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
-        self.net, self.mean, self.std = net, mean, std
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.mean, self.std = mean, std
         self.stride = net.config.stride
 
     @property
