@@ -22,12 +22,13 @@ from tests.weightfiles import small_wan, write
 from torch import Tensor
 
 from hforce import generate
-from hforce.build import build_backbone, build_plan, build_script, build_stream
+from hforce.build import build_backbone, build_blueprint, build_plan, build_script, build_stream
 from hforce.config import load_config
-from hforce.decoding import decoded
+from hforce.decoding import decoded, warm_up
 from hforce.documents import file_digest
 from hforce.errors import CheckpointError, RoomError, UnavailableError, memory_for
-from hforce.models.base import Decoder
+from hforce.memory import Mode, Plan
+from hforce.models.base import Backbone, Blueprint, Decoder
 from hforce.models.checkpoints import load_transformer, open_checkpoint
 from hforce.models.registry import choose_dtype, has_bfloat16
 from hforce.prompts import Item, Shot
@@ -166,6 +167,36 @@ def test_a_video_that_ran_out_of_memory_is_made_once_more_in_a_lighter_mode(conf
     calm = generate.run(config, items, tmp_path / "calm", "error", lambda _: None)
     for one, other in zip(result.made, calm.made, strict=True):
         assert one.video.read_bytes() == other.video.read_bytes()
+
+
+@pytest.mark.parametrize("may_lighten", [True, False])
+def test_memory_that_runs_out_while_the_model_is_read_leads_to_a_lighter_mode(config, caplog, may_lighten):
+    blueprint, tries = build_blueprint(config), []
+
+    def read(blueprint: Blueprint, rests: bool) -> Backbone:
+        tries.append(rests)
+        return whole.read(blueprint, rests) if tries[1:] else torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+    whole, plan = blueprint, Plan(Mode.BALANCED, {})
+    studio = generate.Studio(replace(blueprint, read=read), [PROMPT], frozenset({0}), plan, Mode.BALANCED, may_lighten)
+    if may_lighten:
+        assert studio.open() is studio.open()
+        assert (studio.mode, tries, studio.may_lighten) == (Mode.LOW, [False, True], False)
+        assert "out of memory while loading the model; trying once more in memory mode low" in caplog.text
+    else:
+        with pytest.raises(RoomError, match="out of memory while loading the model"):
+            studio.open()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_warming_up_decodes_two_chunks_and_leaves_nothing(config, first):
+    backbone = build_backbone(config)
+    before = [weight.clone() for weight in backbone.codec.net.parameters()]
+    latents = torch.randn(1, 3, *backbone.shape)
+    frames = backbone.codec.decoder()(latents)
+    warm_up(backbone, {first})
+    assert torch.equal(backbone.codec.decoder()(latents), frames)
+    assert all(map(torch.equal, before, backbone.codec.net.parameters()))
 
 
 def test_a_mode_that_was_asked_for_is_kept(config, tmp_path):

@@ -248,7 +248,7 @@ def test_an_autoencoder_elsewhere_takes_nothing_here(mode, here):
 ])  # fmt: skip
 def test_the_next_chunk_is_made_meanwhile_where_that_gains_something(config, device, vae, mode, ahead):
     blueprint = replace(build_blueprint(config), device=device, vae_device=vae)
-    assert Studio(blueprint, [], memory.Plan(mode, {}), mode, False).makes_ahead == ahead
+    assert Studio(blueprint, [], frozenset(), memory.Plan(mode, {}), mode, False).makes_ahead == ahead
 
 
 def test_a_second_device_that_is_not_there_is_told_of(generate):

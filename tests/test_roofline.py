@@ -102,6 +102,13 @@ def test_the_decoder_of_wan_has_the_operations_known_of_it() -> None:
     assert decoder_work(codec, (16, 60, 104), 3, itemsize=2).flops / TERA == pytest.approx(40.65, rel=1e-3)
 
 
+@pytest.mark.gpu
+def test_the_decoder_of_wan_is_counted_alike_on_a_gpu_where_it_runs_on_kernels_of_ours() -> None:
+    pytest.importorskip("diffusers")
+    here, there = (random_wan_vae(torch.bfloat16, device) for device in ("cpu", "cuda"))
+    assert decoder_work(there, (16, 8, 8), 3, itemsize=2) == decoder_work(here, (16, 8, 8), 3, itemsize=2)
+
+
 def test_counting_leaves_the_codec_as_it_is() -> None:
     codec = TaehvCodec(TAEHV(SMALL_CODEC).eval(), torch.zeros(12, 1, 1), torch.ones(12, 1, 1))
     latents = draw(1, 3, 12, 8, 8)

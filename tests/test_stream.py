@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -36,6 +37,7 @@ WAN = random_wan()
 TEXTS = [draw(1, 4, 8, seed=50 + shot) for shot in range(3)]
 LOCAL, ANCHOR, MEMORY = HeadRole
 FORCING = {LOCAL: Local(), ANCHOR: Anchor(), MEMORY: Memory()}
+IN_CUDA = ["sdpa", "cudnn", "varlen", "triton", "triton-key"]
 
 
 def one_role(policy: CachePolicy, chunk: int = 3, wan: CausalWan = WAN) -> HeadCache:
@@ -45,6 +47,16 @@ def one_role(policy: CachePolicy, chunk: int = 3, wan: CausalWan = WAN) -> HeadC
 
 def mixed() -> HeadCache:
     return HeadCache(geometry_of(WAN, GRID), role_map("MAL", "MML"), FORCING)
+
+
+def in_cuda(name: str) -> tuple[CausalWan, HeadCache]:
+    """A model on a GPU with a cache that is attended by a backend, in half precision where that takes nothing else."""
+    device, is_half = torch.device("cuda"), name in ("cudnn", "varlen")
+    wan, dtype = (random_wan(head_dim=16), torch.bfloat16) if is_half else (copy.deepcopy(WAN), torch.float32)
+    if reason := reasons(device, dtype, wan.config.head_dim)[name]:
+        pytest.skip(f"{name} {reason}")
+    geometry, backend = geometry_of(wan, GRID), make_backend(name, device)
+    return wan.to(device, dtype), HeadCache(geometry, role_map("MAL", "MML"), FORCING, dtype, "cuda", backend)
 
 
 def stream_of(
@@ -373,22 +385,16 @@ def test_a_recache_of_a_video_that_began_with_one_frame() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sdpa", "triton"])
+@pytest.mark.parametrize("name", IN_CUDA)
 def test_no_pass_of_a_chunk_waits_for_the_gpu(name: str) -> None:
     """Denoising and the clean pass, the cache being full; between chunks policies may ask the device."""
-    device = torch.device("cuda")
-    if reason := reasons(device, torch.float32, WAN.config.head_dim)[name]:
-        pytest.skip(f"{name} {reason}")
-    wan = copy.deepcopy(WAN).to(device)
-    cache = HeadCache(
-        geometry_of(wan, GRID), role_map("MAL", "MML"), FORCING, device="cuda", backend=make_backend(name, device)
-    )
+    wan, cache = in_cuda(name)
     stream = stream_of(cache, wan=wan)
     list(stream.play(takes(8)))
     with torch.inference_mode():
-        text, noise = wan.project_text(TEXTS[0].to(device)), stream._draw(8, 3, STEPS)
-        torch.cuda.set_sync_debug_mode("error")
+        text, noise = wan.project_text(stream._to_device(TEXTS[0])), stream._draw(8, 3, STEPS)
         try:
+            torch.cuda.set_sync_debug_mode("error")
             clean = stream._denoise(noise, STEPS, text)
             stream._flow(clean, 0.0, text)
         finally:
@@ -397,23 +403,44 @@ def test_no_pass_of_a_chunk_waits_for_the_gpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sdpa", "varlen", "triton", "triton-key"])
-def test_recorded_passes_make_the_same_video(name: str) -> None:
+@pytest.mark.parametrize("blocks", ["separate", "fused"])
+@pytest.mark.parametrize("name", IN_CUDA)
+def test_recorded_passes_make_the_same_video(name: str, blocks: str) -> None:
     """Two videos one after the other, the first chunk of one frame, with changes of prompt and episodes on the way."""
-    device, dtype = torch.device("cuda"), torch.bfloat16 if name == "varlen" else torch.float32
-    if reason := reasons(device, dtype, WAN.config.head_dim)[name]:
-        pytest.skip(f"{name} {reason}")
-    wan = copy.deepcopy(WAN).to(device, dtype)
-    roles, backend = role_map("MAL", "MML"), make_backend(name, device)
     made, graphs = [], Graphs()
     for each in (None, graphs):
-        cache = HeadCache(geometry_of(wan, GRID), roles, FORCING, dtype, "cuda", backend)
+        wan, cache = in_cuda(name)
+        if blocks == "fused":
+            pytest.importorskip("hforce.models.fused").fuse(wan)
         sampling, switch = Sampling(STEPS, first_frames=1), Switch("recache", 6)
         stream = Stream(wan, cache, sampling, SHAPE, seeded(0), switch, graphs=each)
         made.append([chunk.latents for _ in range(2) for chunk in stream.play(takes(9, 7, 8))])
     assert len(graphs.replays) > 1 and sum(graphs.replays) > 40 and graphs.nbytes > 0
     for one, other in zip(*made, strict=True):
         close(one.float().cpu(), other.float().cpu(), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fault", ["raises", "waits"])
+def test_where_recording_fails_the_video_goes_on_in_single_steps(fault: str) -> None:
+    """And nothing is left of it: memory can be had as before, and the next video is recorded."""
+    wan, cache = in_cuda("sdpa")
+    expected = [chunk.latents for chunk in stream_of(cache, wan=wan).play(takes(5))]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            if fault == "raises":
+                raise RuntimeError("no way to record this")
+            float(q.sum())
+        return cache.attend(layer, q, k, v)
+
+    for watched, replays in ((attend, 0), (None, 1)):
+        graphs = Graphs()
+        stream = replace(stream_of(cache, wan=wan), graphs=graphs, attend=watched)
+        for one, other in zip(stream.play(takes(5)), expected, strict=True):
+            close(one.latents.cpu(), other.cpu(), 1e-5)
+        assert len(torch.empty(1 << 20, device="cuda")) == 1 << 20
+        assert bool(sum(graphs.replays)) == bool(replays)
 
 
 def test_passes_with_the_same_layout_use_the_same_memory() -> None:

@@ -23,7 +23,7 @@ from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
 from hforce.errors import ConfigError, DataError, InputError, UnavailableError
 from hforce.geometry import Geometry
-from hforce.graphs import AT_ONCE, NEXT_CHUNK, Graphs
+from hforce.graphs import Graphs
 from hforce.models.base import Backbone, Blueprint, Codec, Described, Source
 from hforce.models.families import SELF_FORCING, Family, Recipe, find_family
 from hforce.models.hub import pin, read_id, resolve
@@ -224,12 +224,13 @@ def build_stream(config: Config, backbone: Backbone, chunks: int, seed: int | No
     backbone.model.order_heads(order)
     ordered = RoleMap(tuple(tuple(roles.at(layer, head) for head in row) for layer, row in enumerate(order)))
     cache = build_cache(config.cache, backbone, ordered, chunks)
-    patience = NEXT_CHUNK if cache.backend.name == SDPA.name else AT_ONCE
+    sampling = build_sampling(config.sample, backbone.family)
+    patience = len(sampling.steps) + 2 if cache.backend.name == SDPA.name else 1  # all passes of a chunk, and one more
     records = records_passes(config.model, backbone.device)
     return Stream(
         backbone.model,
         cache,
-        build_sampling(config.sample, backbone.family),
+        sampling,
         backbone.shape,
         seeded(config.sample.seed if seed is None else seed),
         Switch(config.cache.switch, config.cache.recache_frames),

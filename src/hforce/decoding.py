@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
@@ -48,15 +48,19 @@ def decoded(
         yield chunk, pictures, {**chunk.seconds, "decode": time.perf_counter() - begin}
 
 
-def warm_up(backbone: Backbone) -> None:
-    """Decodes two chunks of zeros. To be done before anything else is at work on a GPU.
+def warm_up(backbone: Backbone, firsts: Collection[int] = (0,)) -> None:
+    """Decodes two chunks of zeros for every length of a first one. To be done before anything else is at work on a GPU.
 
-    Our kernels are built then, and cuDNN tries out convolutions: beside a chunk being made it would time that, too.
+    Our kernels are built then, and cuDNN tries out convolutions: beside a chunk being made it would time that, too, and
+    keep its passes from being recorded. firsts: latent frames of the first chunk; 0: as many as of any other.
     """
-    decoder, chunk = backbone.codec.decoder(), (1, backbone.geometry.chunk, *backbone.shape)
+    chunk = backbone.geometry.chunk
     with torch.inference_mode(), _beside(backbone.device):
-        for _ in range(2):  # the first one is short
-            to_bytes(decoder(torch.zeros(chunk, device=backbone.device, dtype=backbone.dtype)))
+        for first in firsts:
+            decoder = backbone.codec.decoder()
+            for frames in (first or chunk, chunk):
+                shape = (1, frames, *backbone.shape)
+                to_bytes(decoder(torch.zeros(shape, device=backbone.device, dtype=backbone.dtype)))
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:

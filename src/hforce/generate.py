@@ -83,7 +83,8 @@ def run(
     prompts = [shot.prompt for job in wanted for shot in job.shots]
     for prompt in dict.fromkeys(prompts):
         blueprint.encode_text.reads(prompt)  # raises where one says nothing to the model
-    studio = Studio(blueprint, prompts, planned, planned.mode, may_lighten=config.model.memory == "auto")
+    firsts = frozenset(job.plan.given % blueprint.geometry.chunk for job in wanted)
+    studio = Studio(blueprint, prompts, firsts, planned, planned.mode, may_lighten=config.model.memory == "auto")
     studio.open()
     for job in wanted:
         try:
@@ -127,19 +128,31 @@ class Studio:
 
     blueprint: Blueprint
     prompts: Sequence[str]
+    firsts: frozenset[int]  # latent frames of first chunks; 0: as many as of any other
     planned: memory.Plan
     mode: Mode
     may_lighten: bool  # no mode was asked for
     backbone: Backbone | None = None
 
     def open(self) -> Backbone:
-        """The model, its weights read. Raises RoomError."""
+        """The model, its weights read, in a lighter mode if memory runs out meanwhile. Raises RoomError."""
         if self.backbone is None:
-            with memory_for("loading the model"):
-                self.backbone = load(self.blueprint, self.mode, self.prompts)
-                if self.makes_ahead:
-                    warm_up(self.backbone)
+            try:
+                self.backbone = self._load()
+            except RoomError as error:
+                traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next try needs
+                if not self.lighten():
+                    raise
+                log.warning("%s; trying once more in memory mode %s", error, self.mode)
+                self.backbone = self._load()
         return self.backbone
+
+    def _load(self) -> Backbone:
+        with memory_for("loading the model"):
+            backbone = load(self.blueprint, self.mode, self.prompts)
+            if self.makes_ahead and torch.device(self.blueprint.codec_device).type == "cuda":
+                warm_up(backbone, self.firsts)
+        return backbone
 
     @property
     def makes_ahead(self) -> bool:
@@ -153,6 +166,8 @@ class Studio:
         if not self.may_lighten or not lighter:
             return False
         self.mode, self.backbone, self.may_lighten = lighter[0], None, False
+        if self.blueprint.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # else what it held stays with torch, and counts as taken
         return True
 
 
@@ -170,8 +185,8 @@ def make_in(studio: Studio, config: Config, job: Job, tell: Callable[[Progress],
 
 def load(blueprint: Blueprint, mode: Mode, prompts: Sequence[str]) -> Backbone:
     """The backbone, with the prompts encoded: before the weights are read, or after, if the encoder is to stay."""
+    blueprint.encode_text.stay(mode is Mode.SPEED)
     if mode is Mode.SPEED:
-        blueprint.encode_text.stay()
         backbone = blueprint.load()
         backbone.encode_text.encode_all(prompts)
         return backbone

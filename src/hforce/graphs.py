@@ -17,7 +17,6 @@ from hforce.models.dit import TextContext
 
 log = logging.getLogger(__name__)
 
-AT_ONCE, NEXT_CHUNK = 1, 6  # passes in single steps before one is recorded: in the last, libraries choose their kernels
 MOST = 8  # recorded passes kept at a time
 
 Run = Callable[[Tensor, Tensor, TextContext], Tensor]
@@ -47,11 +46,11 @@ class Graphs:
     A graph reads and writes the memory that it was recorded with. So there is one for every layout of the cache, which
     names what a pass reads, and prompts are copied to one place. Where recording fails, passes go on in single steps.
 
-    patience: how many passes over a layout are made in single steps first. Where attention plans for every shape, that
-    is worth it only for layouts that stay for more than a chunk (NEXT_CHUNK).
+    patience: how many passes over a layout are made in single steps first; in the last of them, libraries choose their
+    kernels. Where attention plans for every shape, that is worth it only for layouts that stay for more than a chunk.
     """
 
-    def __init__(self, patience: int = AT_ONCE) -> None:
+    def __init__(self, patience: int = 1) -> None:
         self._patience = patience
         self.replays: list[int] = []
         """How often each recorded pass was launched, in the order of recording."""
@@ -104,24 +103,20 @@ class Graphs:
 
     def _record(self, key: Hashable, run: Run, x: Tensor, t: Tensor) -> bool:
         """Records a pass, which does not make it. Returns whether it could be."""
-        assert self._text is not None, "there is a prompt before there is a pass"
-        x, t, graph, before = x.clone(), t.clone(), torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(x.device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        x, t, graph = x.clone(), t.clone(), torch.cuda.CUDAGraph()
+        if not self._pool:
+            torch.cuda.empty_cache()  # a recording cannot have what others left, such as those of the video before
+            self._pool = torch.cuda.graph_pool_handle()
+        before = torch.cuda.memory_reserved(x.device)
         try:
-            with torch.cuda.device(x.device), torch.cuda.stream(side_queue(x.device, "recording")):
-                # Not by torch.cuda.graph, which collects garbage and gives all free memory back before every recording.
-                # What other threads do meanwhile, as decoding, is no part of it.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    flow = run(x, t, self._text)
-                finally:
-                    graph.capture_end()
+            flow = self._capture(graph, run, x, t)
         except RuntimeError as error:
             # A recording that broke off leaves the allocator in the belief that it goes on.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(x.device.index, self._pool)
             log.warning("passes run in single steps, for recording one failed: %s", str(error).partition("\n")[0])
             self._works = False
+            self._kept.clear()
             return False
         self.nbytes += max(0, torch.cuda.memory_reserved(x.device) - before)
         self._kept[key] = Recorded(graph, x, t, flow, len(self.replays))
@@ -129,3 +124,19 @@ class Graphs:
         if len(self._kept) > MOST:
             del self._kept[next(iter(self._kept))]
         return True
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, run: Run, x: Tensor, t: Tensor) -> Tensor:
+        """Puts a pass into a graph and returns where it will write the flow. Raises RuntimeError."""
+        assert self._text is not None, "there is a prompt before there is a pass"
+        with torch.cuda.device(x.device), torch.cuda.stream(side_queue(x.device, "recording")):
+            # Not by torch.cuda.graph, which collects garbage and gives all free memory back before every recording.
+            # What other threads do meanwhile, as decoding, is no part of it.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                flow = run(x, t, self._text)
+            except RuntimeError:
+                with suppress(RuntimeError):  # what went wrong in the pass says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return flow

@@ -486,8 +486,8 @@ def test_attending_never_waits_for_the_gpu(name: str) -> None:
     for _ in range(6):
         cache.attend(0, q, k, v)
         cache.advance()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         out = cache.attend(0, q, k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -143,6 +143,15 @@ def test_what_was_encoded_once_needs_no_encoder(release, tmp_path, monkeypatch):
         again("another")
 
 
+def test_the_encoder_stays_as_long_as_it_is_asked_to(release, tmp_path):
+    text, held = encoder_of(release, tmp_path), []
+    for number, stays in enumerate((False, True, False)):
+        text.stay(stays)
+        text.encode_all([f"{PROMPT} {number}"])
+        held.append(text._encoder is not None)
+    assert held == [False, True, False]
+
+
 def test_an_embedding_is_kept_for_one_text_encoder_tokenizer_and_precision(release, tmp_path):
     encoder_of(release, tmp_path)(PROMPT)
     other = encoder_of(release, tmp_path)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from subprocess import SubprocessError
 from types import MappingProxyType
 
 import torch
@@ -89,7 +88,8 @@ def can_launch(device: torch.device) -> bool:
     one, phase = torch.zeros(1, 1, 2, device=device), torch.ones(1, 1, 1, dtype=torch.complex64, device=device)
     try:
         triton_kernel.place(one, one, one, phase, view_of(one[0].clone(), one[0].clone(), [1]))
-    except (RuntimeError, OSError, SubprocessError) as error:
+        torch.cuda.synchronize(device)
+    except triton_kernel.CANNOT_BUILD as error:
         log.warning("Triton cannot build its kernels here, so small operations run in single steps: %s", error)
         return False
     return True

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from subprocess import SubprocessError
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from hforce.attention.layout import LayerView, Past
 
+CANNOT_BUILD = (RuntimeError, OSError, SubprocessError, TritonError)  # what building a kernel raises where that fails
 LOG2_E = 1.4426950408889634  # softmax in powers of two: exp2 is one instruction
 PLACED = 1024  # values of a token that a program places
 MOVED = 4096  # values of a slot that a program moves or turns

@@ -27,8 +27,8 @@ class TextEncoder(Protocol):
         """Gets the prompts of a run ready, so that what encodes them need not stay in memory while it lasts."""
         ...
 
-    def stay(self) -> None:
-        """Keeps what encodes prompts in memory from now on, once it is there."""
+    def stay(self, stays: bool) -> None:
+        """From now on keeps what encodes prompts in memory, once it is there, or lets go of it after `encode_all`."""
         ...
 
     def reads(self, prompt: str) -> str:

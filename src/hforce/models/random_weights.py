@@ -89,7 +89,7 @@ class RandomText:
     def encode_all(self, prompts: object) -> None:
         """Nothing to do ahead."""
 
-    def stay(self) -> None:
+    def stay(self, stays: bool) -> None:
         """Nothing to keep: it holds nothing."""
 
     def reads(self, prompt: str) -> str:

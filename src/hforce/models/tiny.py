@@ -106,7 +106,7 @@ class WordEncoder:
     def encode_all(self, prompts: Iterable[str]) -> None:
         """Nothing to do ahead: words are looked up at once, and what cannot be read concerns its own video alone."""
 
-    def stay(self) -> None:
+    def stay(self, stays: bool) -> None:
         """Nothing to do: the words are a table of a few thousand bytes that always stays."""
 
     def reads(self, prompt: str) -> str:

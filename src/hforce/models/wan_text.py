@@ -90,9 +90,9 @@ class WanText:
             if not self._stays:
                 self.release()
 
-    def stay(self) -> None:
-        """Keeps the encoder in memory from now on, once it is loaded."""
-        self._stays = True
+    def stay(self, stays: bool) -> None:
+        """From now on keeps the encoder in memory, once it is loaded, or lets go of it after `encode_all`."""
+        self._stays = stays
 
     def release(self) -> None:
         """Frees the encoder's memory."""

@@ -48,7 +48,6 @@ class WanCodec:
     def __init__(self, net: Any) -> None:
         self.net = net
         self.mean, self.std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
-        self.between = choose_between(self.device)
         to_channels_last(net.decoder)
 
     @property
@@ -60,6 +59,11 @@ class WanCodec:
     def dtype(self) -> torch.dtype:
         """In what it computes."""
         return self.net.post_quant_conv.weight.dtype
+
+    @property
+    def between(self) -> Between:
+        """What stands between its decoder's convolutions, where it is now."""
+        return choose_between(self.device)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
