@@ -8,6 +8,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -120,9 +121,10 @@ def test_the_next_chunk_is_made_meanwhile_and_frames_stay_the_same(settings):
     backbone, shots = build_backbone(settings(seconds=3)), [Shot(CIRCLE)]
     plan = build_plan(shots, 3, 16, backbone)
     made: list[list] = []
-    for ahead in (False, True):
-        stream = build_stream(settings(seconds=3), backbone, plan.total)
-        made.append(list(decoded(stream, build_script(shots, plan, backbone), backbone, ahead=ahead)))
+    with ThreadPoolExecutor(1) as thread:
+        for worker in (None, thread):
+            stream = build_stream(settings(seconds=3), backbone, plan.total)
+            made.append(list(decoded(stream, build_script(shots, plan, backbone), backbone, worker=worker)))
     assert len(made[0]) == plan.total
     for (chunk, frames, _), (other, others, seconds) in zip(*made, strict=True):
         assert (chunk.number, chunk.latents.equal(other.latents)) == (other.number, True)
@@ -139,16 +141,17 @@ def test_one_item_is_read_ahead_and_no_more():
             yield number
         raise DataError("the ninth is bad")
 
-    reading = read_ahead(items())
-    assert next(reading) == 1
-    reading.close()  # waits for what is being made
-    assert taken == [(1, False), (2, False)]
-    got = []
-    with pytest.raises(DataError, match="the ninth is bad"):
-        for item in read_ahead(items()):
-            got.append(item)
-    assert got == [*range(1, 9)]
-    assert list(read_ahead(iter([]))) == []
+    with ThreadPoolExecutor(1) as worker:
+        reading = read_ahead(items(), worker)
+        assert next(reading) == 1
+        reading.close()  # waits for what is being made
+        assert taken == [(1, False), (2, False)]
+        got = []
+        with pytest.raises(DataError, match="the ninth is bad"):
+            for item in read_ahead(items(), worker):
+                got.append(item)
+        assert got == [*range(1, 9)]
+        assert list(read_ahead(iter([]), worker)) == []
 
 
 def test_the_video_shows_the_frames_that_were_decoded(settings, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, wait
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import TypeVar
@@ -28,18 +28,18 @@ def decoded(
     script: Sequence[Take],
     backbone: Backbone,
     given: Tensor | None = None,
-    ahead: bool = False,
+    worker: Executor | None = None,
 ) -> Iterator[Decoded]:
     """Chunks with their video frames uint8 [T, H, W, 3], and the seconds of every stage; the `given` latents first.
 
-    With `ahead` a thread makes the next chunk meanwhile: the same frames in less time, and in more memory, for both are
+    With a worker the next chunk is made meanwhile: the same frames in less time, and in more memory, for both are
     at work at once. Raises DataError at a chunk whose latents or frames hold values that are not finite, RoomError for
     want of memory.
     """
     decoder, chunks = backbone.codec.decoder(), _made(stream, script, given)
-    for chunk in read_ahead(chunks) if ahead else chunks:
+    for chunk in read_ahead(chunks, worker) if worker else chunks:
         begin = time.perf_counter()
-        with memory_for(f"decoding chunk {chunk.number}"), _beside(backbone.device if ahead else "cpu"):
+        with memory_for(f"decoding chunk {chunk.number}"), _beside(backbone.device if worker else "cpu"):
             frames = decoder(chunk.latents)
             if not bool(torch.isfinite(frames).all()):
                 message = f"the video frames of chunk {chunk.number} hold values that are not finite"
@@ -63,13 +63,15 @@ def warm_up(backbone: Backbone, firsts: Collection[int] = (0,)) -> None:
                 to_bytes(decoder(torch.zeros(shape, device=backbone.device, dtype=backbone.dtype)))
 
 
-def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; while one is being used, a thread of its own makes the next."""
-    with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(next, items, None)
+def read_ahead(items: Iterator[Item], worker: Executor) -> Iterator[Item]:
+    """The same items; while one is being used, a worker makes the next, which is waited for at the end."""
+    coming = worker.submit(next, items, None)
+    try:
         while (item := coming.result()) is not None:
             coming = worker.submit(next, items, None)
             yield item
+    finally:
+        wait([coming])
 
 
 def to_bytes(frames: Tensor) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,17 +87,18 @@ def run(
     firsts = frozenset(job.plan.given % blueprint.geometry.chunk for job in wanted)
     studio = Studio(blueprint, prompts, firsts, planned, planned.mode, may_lighten=config.model.memory == "auto")
     studio.open()
-    for job in wanted:
-        try:
-            make_in(studio, config, job, tell)
-            result.made.append(job.target)
-        except HforceError as error:
-            traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
-            result.failed.append((job.target, error))
-            if isinstance(error, InterruptedRun):
-                break
-            if len(jobs) > 1:
-                log.error("%s: %s", job.target.video.name, error)
+    with ThreadPoolExecutor(1) as studio.worker:
+        for job in wanted:
+            try:
+                make_in(studio, config, job, tell)
+                result.made.append(job.target)
+            except HforceError as error:
+                traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
+                result.failed.append((job.target, error))
+                if isinstance(error, InterruptedRun):
+                    break
+                if len(jobs) > 1:
+                    log.error("%s: %s", job.target.video.name, error)
     return result
 
 
@@ -133,6 +135,7 @@ class Studio:
     mode: Mode
     may_lighten: bool  # no mode was asked for
     backbone: Backbone | None = None
+    worker: Executor | None = None  # for all videos: plans that cuDNN makes are its thread's own
 
     def open(self) -> Backbone:
         """The model, its weights read, in a lighter mode if memory runs out meanwhile. Raises RoomError."""
@@ -174,7 +177,7 @@ class Studio:
 def make_in(studio: Studio, config: Config, job: Job, tell: Callable[[Progress], None]) -> None:
     """`make`, and once more in a lighter memory mode where memory ran out. Raises RoomError with what was planned."""
     try:
-        make(config, studio.open(), job, studio.makes_ahead, tell)
+        make(config, studio.open(), job, tell, studio.worker if studio.makes_ahead else None)
     except RoomError as error:
         traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next try needs
         if not studio.lighten():
@@ -247,10 +250,12 @@ def plan_job(config: Config, backbone: Described, item: Item, opening: Opening |
     return Job(item, shots, build_plan(shots, seconds, config.video.fps, backbone, given), seed, target, opening)
 
 
-def make(config: Config, backbone: Backbone, job: Job, ahead: bool, tell: Callable[[Progress], None]) -> None:
+def make(
+    config: Config, backbone: Backbone, job: Job, tell: Callable[[Progress], None], worker: Executor | None
+) -> None:
     """Generates, decodes and encodes one video; its sidecar and contact sheet are written before it gets its name.
 
-    With `ahead` the next chunk is made while one is decoded.
+    With a worker the next chunk is made while one is decoded.
     """
     started = time.monotonic()
     with memory_for("laying out the cache"):
@@ -273,7 +278,7 @@ def make(config: Config, backbone: Backbone, job: Job, ahead: bool, tell: Callab
     )
     try:
         with sink:
-            for chunk, frames, seconds in decoded(stream, script, backbone, given, ahead):
+            for chunk, frames, seconds in decoded(stream, script, backbone, given, worker):
                 begin = time.perf_counter()
                 with memory_for(f"enlarging chunk {chunk.number} for the video", "choose a smaller --upscale"):
                     sink.write(upscale(frames, factor))
