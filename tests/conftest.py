@@ -129,5 +129,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 @pytest.fixture
 def generate(command: Command, weights: Path, heads: Path) -> Command:
     """`hforce generate` with the random model: a second, in one denoising step."""
-    own = ("-m", weights, "--profile", heads, "--upscale", "1", "-d", "1s", "--set", "sample.steps=[1000]")
-    return lambda *arguments: command("generate", *own, *arguments)
+    own = ("-m", weights, "--profile", heads, "--upscale", "1", "--set", "sample.steps=[1000]")
+
+    def run(*arguments: object) -> Done:
+        length = () if "--frames" in arguments and "-d" not in arguments else ("-d", "1s")
+        return command("generate", *own, *length, *arguments)
+
+    return run

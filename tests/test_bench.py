@@ -79,7 +79,7 @@ def trial(seconds: Sequence[float], steady: int = 0, **changes: object) -> Trial
                beside={"wan-vae": s})
         for i, s in enumerate(seconds)
     )  # fmt: skip
-    made = Trial("a red circle", 0, samples, (), steady, 0.1, 21.0, 1000, 5000, None)
+    made = Trial("a red circle", 0, 144, samples, (), steady, 0.1, 21.0, 1000, 5000, None)
     return replace(made, **changes)
 
 

@@ -96,7 +96,7 @@ def test_quiet_is_quiet_before_and_after_the_command(command, weights, heads, pl
 
 def test_length_seed_size_and_enlargement(generate, tmp_path):
     options = ("--seed", 5, "--size", "128x128", "--upscale", 2, "-o", "a.mp4")
-    done = generate("-p", PROMPT, "-d", "", "--frames", "22", *options)
+    done = generate("-p", PROMPT, "--frames", "22", *options)
     assert done.code == 0
     with av.open(tmp_path / "a.mp4") as container:
         stream = container.streams.video[0]
@@ -172,7 +172,7 @@ def test_moments_are_counted_in_the_chunks_that_are_set(generate, tmp_path):
 
 
 def test_a_file_of_prompts_that_has_no_name_is_not_the_demo(generate):
-    generate("-f", "", "--dry-run").fails(2, "--prompt-file names no file")
+    generate("-f", "", "--dry-run").fails(2, "--prompt-file is empty")
 
 
 def test_a_dry_run_is_refused_where_the_run_would_be(generate, tmp_path):

@@ -32,7 +32,7 @@ from hforce.cache.eager import EagerWindow
 from hforce.cache.roles import head_order
 from hforce.config import with_setup
 from hforce.decoding import Decoded, decoded, to_bytes
-from hforce.errors import ConfigError, HforceError
+from hforce.errors import ConfigError, HforceError, InterruptedRun
 from hforce.machine import (
     Clock,
     Stopwatch,
@@ -168,6 +168,7 @@ class Entrant:
         return Trial(
             prompt=" | ".join(shot.prompt for shot in self.course.shots),
             seed=self.course.seed,
+            frames=self.course.plan.frames,
             samples=tuple(self.samples),
             young=tuple(self.young.samples) if self.young else (),
             steady=geometry.span // geometry.chunk,
@@ -186,6 +187,8 @@ class Entrant:
         self.stream.model.before, self.stream.model.after = self._halves  # of a model that others run otherwise
         try:
             return next(self._player)
+        except InterruptedRun:
+            raise
         except HforceError as error:
             error.say_where(f"setup {self.setup!r}")
             raise
@@ -264,7 +267,7 @@ def choose_setups(config: Config, known: Collection[str] = SETUPS) -> dict[str, 
 def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
     """The item cut into chunks and encoded. Raises ConfigError where nothing is left to time, or a file comes first."""
     if item.init:
-        raise ConfigError(f"line {item.line}: what is timed starts from nothing, not from {item.init.path}")
+        raise ConfigError(f"{item.place}: what is timed starts from nothing, not from {item.init.path}")
     seconds = item.seconds or config.bench.seconds
     shots = item.timed(seconds)
     plan = build_plan(shots, seconds, config.video.fps, backbone)

@@ -52,8 +52,9 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType({
     "move, seconds taken, and the share of the ceiling: the least time for the parts, each as slow as the slower of "
     "arithmetic and memory, over the time taken. The ceiling is measured in the same process: a large matrix product "
     "and a large copy. self-attention includes turning keys and queries and writing them to the cache",
-    "drift": "judge of the tiny world: mean of the last five seconds minus that of the first five, mean over prompts "
-    "of a single shot; *_right, *_kept and one_object are fractions of frames, ground_error and residual rms 0..1",
+    "drift": "judge of the tiny world: mean of the last five seconds minus that of the first five, or of the halves of "
+    "a video of less than ten seconds; mean over prompts; *_right, *_kept and one_object are fractions of frames, "
+    "ground_error and residual rms 0..1",
 })
 
 
@@ -80,12 +81,13 @@ class Sample:
 class Trial:
     """One setup on one prompt. `steady` is the number of the chunk from which windows are full; first_frame in seconds.
 
-    young: chunks 10 to 19 of a second run, which took turns with the last ones; none in a short video. drift is None
-    where there is no judge, peak_bytes where it cannot be told.
+    frames: video frames of the whole. young: chunks 10 to 19 of a second run, which took turns with the last ones; none
+    in a short video. drift is None where there is no judge, peak_bytes where it cannot be told.
     """
 
     prompt: str
     seed: int
+    frames: int
     samples: tuple[Sample, ...]
     young: tuple[Sample, ...]
     steady: int

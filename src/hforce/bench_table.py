@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from hforce.bench_report import BenchResult, Row, steady
+from hforce.toy.metrics import EDGE_SECONDS
+from hforce.toy.world import FPS
 
 SHOWN_DRIFT = ("one_object", "motion_right", "ground_error")  # what plain caches lose first
 MB, GIGA, TERA = 1e6, 1e9, 1e12
 LARGE = 99.95  # from here the table rounds to whole numbers
+WIDEST = 1000  # columns, in which any table fits
 MANY_STEADY = 30  # chunks from which percentiles say something
 
 Column = tuple[str, str, Callable[[Row], float | None]]
@@ -21,8 +26,20 @@ Column = tuple[str, str, Callable[[Row], float | None]]
 
 
 def table(result: BenchResult) -> Group:
-    """Two tables of at most 120 columns: a row a setup, and where its time goes."""
-    return Group(_setups(result), _roofline(result))
+    """Two tables of at most 120 columns: a row a setup, or a column where that is too wide; and where its time goes."""
+    return Group(Fitting(_setups(result), _setups_on_end(result)), _roofline(result))
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A table, or where it would not fit the same one in another form."""
+
+    wide: Table
+    narrow: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        fits = Measurement.get(console, options.update(width=WIDEST), self.wide).maximum <= options.max_width
+        yield self.wide if fits else self.narrow
 
 
 def _setups(result: BenchResult) -> Table:
@@ -34,6 +51,17 @@ def _setups(result: BenchResult) -> Table:
         shown.add_column(head, justify="right", no_wrap=True)
     for row in result.rows:
         shown.add_row(row.setup, *(_told(number(row), form) for _, form, number in columns))
+    return shown
+
+
+def _setups_on_end(result: BenchResult) -> Table:
+    """The same numbers, a column for every setup."""
+    shown = _blank(_caption(result))
+    shown.add_column("", no_wrap=True)
+    for row in result.rows:
+        shown.add_column(row.setup, justify="right", overflow="fold")
+    for head, form, number in _columns(result):
+        shown.add_row(head.replace("/\n", "/").replace("\n", " "), *(_told(number(row), form) for row in result.rows))
     return shown
 
 
@@ -76,7 +104,7 @@ def _roofline(result: BenchResult) -> Table:
         f"{best.bytes_per_second / GIGA:.3g} GB/s in a copy."
     )
     shown.add_column("setup", no_wrap=True)
-    shown.add_column("stage", no_wrap=True)
+    shown.add_column("stage")
     for head in (f"{letter}FLOP", "GB", "ms", f"{letter}FLOP/s", "of ceiling"):
         shown.add_column(head, justify="right", no_wrap=True)
     for setup, stages in result.stages.items():
@@ -100,22 +128,26 @@ def _told(value: float | None, form: str = "") -> str:
 
 
 def _caption(result: BenchResult) -> str:
-    place, bench = result.environment, result.config["bench"]
-    prompts = len(result.trials[result.reference])
+    place, trials = result.environment, result.trials[result.reference]
+    frames, seeds, prompts = {trial.frames for trial in trials}, {trial.seed for trial in trials}, len(trials)
+    length = " to ".join(map(str, sorted({min(frames), max(frames)})))
+    seed = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}"
     noise = max(row.spread for row in result.rows)
     counted = min(row.steady_chunks for row in result.rows)
     layers, threads = (f"{place[word]} {word[: -1 if place[word] == 1 else None]}" for word in ("layers", "threads"))
     weights = f"random weights, {layers}" if place["random_weights"] else "its own weights"
     lines = [
-        f"{place['model']} ({weights}), {bench['seconds']:g} s of video, {prompts} prompt{'s' * (prompts > 1)}, "
-        f"seed {bench['seed']}, {place['device']}, {place['dtype']}, {threads}",
+        f"{place['model']} ({weights}), {length} video frames, {prompts} prompt{'s' * (prompts > 1)}, "
+        f"{seed}, {place['device']}, {place['dtype']}, {threads}",
         "D-: denoising. D: with the clean pass. E2E: with this decoder, to bytes, without encoding. "
         f"Of {counted} chunks{' with full windows' * _are_full(result)}.",
     ]
     if counted < MANY_STEADY:
         lines.append(f"Percentiles of fewer than {MANY_STEADY} chunks say little: make the video longer.")
     if any(row.drift for row in result.rows):
-        lines.append("Δ: last five seconds minus the first five, as fractions of frames, ground error as rms 0..1.")
+        is_long = min(frames) >= 2 * EDGE_SECONDS * FPS
+        ends = "last five seconds minus the first five" if is_long else "second half minus the first"
+        lines.append(f"Δ: {ends}, as fractions of frames, ground error as rms 0..1.")
     if prompts > 1:
         lines.append(f"D of one setup differs by up to {noise:.0%} from prompt to prompt.")
     if result.resident_growth_bytes is not None:

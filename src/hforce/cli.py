@@ -102,7 +102,7 @@ def generate(
     flags |= {"--init-image": ("video.init_image", init_image), "--init-video": ("video.init_video", init_video)}
     flags |= {"--vae": ("model.vae", vae), "--memory-mode": ("model.memory", memory_mode)}
     flags |= _origin(revision, offline, device)
-    settings = _load(model, size, config, set_, flags)
+    settings = _load(context, model, size, config, set_, flags)
     if frames is not None:
         settings.video.seconds = _count_seconds(frames, bool(duration), settings.video.fps)
     if print_config:
@@ -118,7 +118,7 @@ def generate(
     from hforce import generate as verb
     from hforce.progress import VideoProgress
 
-    with _blame(config), VideoProgress(_is_quiet(context)) as progress:
+    with _blame(config), VideoProgress(_is_quiet(context), items) as progress:
         result = verb.run(settings, items, output, on_exists, progress.update)
     _report(result, settings.video.contact_sheet)
 
@@ -147,10 +147,12 @@ def profile(
 
     Example: hforce profile -o heads.json --plot heads.png
     """
+    if show is not None:
+        _refuse(context, "--show", "prompt_file", "output", "mode", "compare", "anchor", "local")
     flags: Flags = {"--prompt-file": ("profile.prompts", prompt_file), "--mode": ("profile.mode", mode)}
     flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local), "--vae": ("model.vae", vae)}
     flags |= _origin(revision, offline, device)
-    settings = _load(model, size, config, set_, flags)
+    settings = _load(context, model, size, config, set_, flags)
     from hforce import profile as verb
     from hforce.cache.roles import load_profile
 
@@ -165,9 +167,10 @@ def profile(
 
         with _blame(config), CountProgress("profiling", _is_quiet(context)) as progress:
             measured = verb.run(settings, output, progress.update, compare=compare)
-    typer.echo(verb.show(measured))
     if plot is not None:
         verb.plot(measured, plot)
+    typer.echo(verb.show(measured))
+    if plot is not None:
         typer.echo(plot)
     if show is None:
         typer.echo(output)
@@ -197,12 +200,14 @@ def bench(
 
     Example: hforce bench --setups window,full,head-forcing -d 60s
     """
+    if kernels:
+        _refuse(context, "--kernels", "setups", "prompt_file", "duration", "seed")
     named = [s.strip() for s in setups.split(",") if s.strip()]
     flags: Flags = {"--setups": ("bench.setups", named), "--prompt-file": ("bench.prompts", prompt_file)}
     flags |= {"--duration": ("bench.seconds", _seconds(duration)), "--seed": ("bench.seed", seed)}
     flags |= {"--suite": ("bench.suite", suite), "--random-weights": ("bench.random_weights", random_weights or None)}
     flags |= _origin(revision, offline, device)
-    settings = _load(model, size, config, set_, flags)
+    settings = _load(context, model, size, config, set_, flags)
     from hforce import bench as speed
     from hforce import bench_kernels, length
     from hforce.documents import write_document
@@ -216,13 +221,15 @@ def bench(
         verb.check_plot(plot)
     with _blame(config), CountProgress("benchmark", _is_quiet(context)) as progress:
         result = verb.run(settings, progress.update, *notes)
-    show_table(verb.table(result))
-    if json_file is not None:
-        write_document(json_file, verb.to_json(result))
-        typer.echo(json_file)
-    if plot is not None:
-        verb.plot(result, plot)
-        typer.echo(plot)
+    try:
+        if json_file is not None:
+            write_document(json_file, verb.to_json(result))
+        if plot is not None:
+            verb.plot(result, plot)
+    finally:  # whichever of them cannot be had, the others can
+        show_table(verb.table(result))
+    for path in filter(None, (json_file, plot)):
+        typer.echo(path)
 
 
 def _check_results(paths: list[Path], sources: list[Path | str | None]) -> None:
@@ -235,6 +242,29 @@ def _check_results(paths: list[Path], sources: list[Path | str | None]) -> None:
         check_result(path, [*(source for source in sources if source), *paths[:number]])
 
 
+def _given(context: typer.Context) -> Iterator[tuple[str, str, Any]]:
+    """Name, longest spelling and value of every option of the command line."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            yield name, max(parameter.opts, key=len), context.params[name]
+
+
+def _refuse_empty(context: typer.Context) -> None:
+    """Raises UsageError for an option whose value is empty: that of an unset variable in a script, likely."""
+    for _, option, value in _given(context):
+        if value == "":
+            raise UsageError(f"{option} is empty", "leave it out, or give it a value")
+
+
+def _refuse(context: typer.Context, option: str, *others: str) -> None:
+    """Raises UsageError for options that would do nothing beside this one."""
+    for name, other, _ in _given(context):
+        if name in others:
+            raise UsageError(f"{other} does nothing beside {option}", "leave one of them out")
+
+
 def _origin(revision: str, offline: bool, device: str) -> Flags:
     """Where the model comes from, and where it runs."""
     return {
@@ -244,8 +274,16 @@ def _origin(revision: str, offline: bool, device: str) -> Flags:
     }
 
 
-def _load(model: str, size: str, files: list[Path] | None, overrides: list[str] | None, flags: Flags) -> Config:
+def _load(
+    context: typer.Context,
+    model: str,
+    size: str,
+    files: list[Path] | None,
+    overrides: list[str] | None,
+    flags: Flags,
+) -> Config:
     """The configuration: presets, files, --set, then the flags that were given. Errors name the flag, not the key."""
+    _refuse_empty(context)
     from hforce.config import load_config
     from hforce.which_model import which_model
 
@@ -293,8 +331,6 @@ def _items(prompts: list[str], prompt_file: str | None, config: Config) -> list[
 
     if prompts and prompt_file:
         raise UsageError("--prompt and --prompt-file exclude each other", "put all prompts into the file")
-    if prompt_file == "":  # of an unset variable in a script, likely
-        raise UsageError("--prompt-file names no file")
     for prompt in prompts:
         if not prompt.strip():
             raise UsageError(f"the prompt {prompt!r} is empty")

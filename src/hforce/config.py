@@ -138,13 +138,20 @@ def with_setup(config: Config, setup: str) -> Config:
 
 
 def describe(config: Config) -> str:
-    """The whole configuration as YAML, as `load_config` reads it, after a comment on what null stands for."""
+    """The whole configuration as YAML, as `load_config` reads it, after a comment on what null stands for.
+
+    Raises ConfigError for a path that is no text.
+    """
     release = config.model.release
     recipe = dataclasses.asdict(find_family(release).recipe if release else SELF_FORCING)
     values = ", ".join(f"{key}: {json.dumps(recipe[key])}" for key in vars(config.sample) if key in recipe)
     whose = f"as {release} has it" if release else "as its release has it, or else as Self-Forcing"
     note = f"# null in `sample`: left to the model, {whose}\n# {values}\n"
-    return note + str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    try:
+        return note + str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    except UnicodeEncodeError as error:
+        text = str(error.object).encode("utf-8", "backslashreplace").decode()
+        raise ConfigError(f"{text!r} is not UTF-8, and YAML holds nothing else", "rename the file") from error
 
 
 def violations(config: Config) -> list[tuple[str, str]]:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hforce import memory
 from hforce.build import build_blueprint, build_policy, build_roles, effective
-from hforce.generate import choose_targets, choose_wanted, find_openings, plan_jobs, plan_memory
+from hforce.errors import UnavailableError
+from hforce.generate import (
+    check_prompts,
+    choose_targets,
+    choose_wanted,
+    find_openings,
+    picture_size,
+    plan_jobs,
+    plan_memory,
+)
 from hforce.memory import gib
 from hforce.models.base import Blueprint
 from hforce.models.families import Family
 from hforce.prompts import Item
 from hforce.settings import Config
 from hforce.sidecar import Job
+from hforce.video import check_reach, check_size
 
 
 @dataclass(frozen=True)
@@ -29,15 +40,22 @@ def run(config: Config, items: Sequence[Item], output: Path, on_exists: str) -> 
     """Looks at the files of a model and plans its videos. Raises HforceError as `generate.run` would."""
     targets, openings = choose_targets(items, output), find_openings(config.video, items)
     blueprint = build_blueprint(config)
+    check_size(picture_size(config, blueprint))
     jobs = plan_jobs(config, blueprint, items, openings, targets, on_exists == "overwrite")
-    wanted = {job.target.video for job in choose_wanted(config, blueprint, jobs, on_exists)}
+    to_make = choose_wanted(config, blueprint, jobs, on_exists)
+    for job in to_make:
+        check_reach(job.target.video)
+    with suppress(UnavailableError):  # what reads prompts need not be installed to look at a model
+        blueprint.check_packages()
+        check_prompts(blueprint, to_make)
+    wanted = {job.target.video for job in to_make}
     plan, available = plan_memory(config, blueprint, jobs)
     chunks = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
-    fits = available is None or plan.peak <= available
+    fits = available is None or plan.peak <= available or not wanted
     lines = [
         *_model(blueprint), *_sampling(config, blueprint.family), *_cache(config, blueprint, chunks),
         *(_video(job, job.target.video in wanted) for job in jobs), "",
-        *_table(plan), *_verdict(blueprint, plan, available),
+        *_table(plan), *_verdict(blueprint, plan, available, fits),
     ]  # fmt: skip
     return Told("\n".join(lines), fits)
 
@@ -91,7 +109,8 @@ def _video(job: Job, is_wanted: bool) -> str:
     many = f", {len(job.shots)} prompts" if len(job.shots) > 1 else ""
     begin = f", from {job.opening.init.path} (latent frames given: {job.plan.given})" if job.opening else ""
     made = f"{job.plan.frames} video frames, {job.plan.total} chunks to make"
-    return f"output       {job.target.video}: {made}{many}{begin}" + ("" if is_wanted else "; there already")
+    seed = f", seed {job.seed}" if job.item.seed is not None else ""
+    return f"output       {job.target.video}: {made}{many}{begin}{seed}" + ("" if is_wanted else "; there already")
 
 
 def _table(plan: memory.Plan) -> list[str]:
@@ -108,7 +127,7 @@ def _table(plan: memory.Plan) -> list[str]:
     return [*lines, f"{'total':<24}" + "".join(f"{gib(plan.total(phase)):>12}" for phase in phases)]
 
 
-def _verdict(blueprint: Blueprint, plan: memory.Plan, available: int | None) -> list[str]:
+def _verdict(blueprint: Blueprint, plan: memory.Plan, available: int | None, fits: bool) -> list[str]:
     there = "not known" if available is None else f"{gib(available)} GiB"
     lines = [f"memory mode  {plan.mode}; peak {gib(plan.peak)} GiB; available on {blueprint.device}: {there}"]
-    return lines if available is None or plan.peak <= available else [*lines, "it does not fit"]
+    return lines if fits else [*lines, "it does not fit"]

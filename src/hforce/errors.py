@@ -84,6 +84,10 @@ class PermissionDenied(OutputError):
     exit_code = 77
 
 
+class TakenError(OutputError):
+    """A video that another process is making, or has made meanwhile."""
+
+
 class WriteError(HforceError):
     """A write that failed on the way: the disk is full, the encoder died, or the check after writing failed."""
 

@@ -21,6 +21,7 @@ from hforce.errors import FULL, UnavailableError, WriteError
 QUEUE = 2  # chunks waiting for the encoder; a third makes the generator wait
 LAST_LINES = 20  # of what ffmpeg says
 LONGEST_LINE = 500  # bytes
+FRAGMENT, HEADER = b"moof", 1 << 14  # name of the box that frames come in, and bytes in which the first one begins
 LOWEST_ERRNO_STATUS = 256 - 133  # ffmpeg ends with 256 - errno where the system refused it something
 CONTAINERS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"  # no playlists, which name other files, and no text as art
 # Pixels become square, within bounds.
@@ -159,8 +160,15 @@ class Encoder:
         return _failure(f"writing {self._part}", status, b"\n".join(self._said), self._way_out())
 
     def _way_out(self) -> str:
-        is_there = self._part.exists() and self._part.stat().st_size
-        return f"what was encoded so far: {self._part}" if is_there else "nothing was encoded"
+        return f"what was encoded so far: {self._part}" if holds_frames(self._part) else "nothing was encoded"
+
+
+def holds_frames(path: Path) -> bool:
+    """Whether a fragmented mp4 holds more than its header."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return FRAGMENT in file.read(HEADER)
 
 
 def _input(path: Path, most_pixels: int) -> list[str]:

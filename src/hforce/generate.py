@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,18 +28,19 @@ from hforce.build import (
     pin_model,
 )
 from hforce.decoding import decoded, warm_up
-from hforce.errors import HforceError, InterruptedRun, OutputError, RoomError, memory_for
+from hforce.errors import HforceError, InterruptedRun, OutputError, RoomError, TakenError, memory_for
 from hforce.memory import Mode, check, gib
 from hforce.models.base import Backbone, Blueprint, Described
 from hforce.opening import Opening, check_kept, examine, read_opening
 from hforce.prompts import Init, Item, file_stem
 from hforce.settings import Config, VideoConfig
 from hforce.sidecar import Job, Target, certify, is_done, record
-from hforce.video import FfmpegSink, contact_sheet, preflight, unfinished, upscale
+from hforce.video import FfmpegSink, check_size, contact_sheet, preflight, unfinished, upscale
 
 log = logging.getLogger(__name__)
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
+OTHER_VIDEOS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mpg", ".webm")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def run(
     config = replace(config, model=pin_model(config.model))
     blueprint = build_blueprint(config)
     blueprint.check_packages()
+    check_size(picture_size(config, blueprint))
     jobs = plan_jobs(config, blueprint, items, openings, targets, on_exists == "overwrite")
     missing = [job for job in jobs if on_exists == "overwrite" or not job.target.video.exists()]
     planned = choose_plan(config, blueprint, missing) if missing else None
@@ -82,18 +86,26 @@ def run(
     if not planned:
         return result
     prompts = [shot.prompt for job in wanted for shot in job.shots]
-    for prompt in dict.fromkeys(prompts):
-        blueprint.encode_text.reads(prompt)  # raises where one says nothing to the model
+    check_prompts(blueprint, wanted)
     firsts = frozenset(job.plan.given % blueprint.geometry.chunk for job in wanted)
     studio = Studio(blueprint, prompts, firsts, planned, planned.mode, may_lighten=config.model.memory == "auto")
     studio.open()
+    waiting, put_off = deque(wanted), set[Path]()
     with ThreadPoolExecutor(1) as studio.worker:
-        for job in wanted:
+        while waiting:
+            job = waiting.popleft()
             try:
+                if on_exists == "skip" and job.target.video.exists() and is_done(config, blueprint, job, on_exists):
+                    result.skipped.append(job.target)  # by another process, meanwhile
+                    continue
                 make_in(studio, config, job, tell)
                 result.made.append(job.target)
             except HforceError as error:
                 traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
+                if isinstance(error, TakenError) and len(jobs) > 1 and job.target.video not in put_off:
+                    put_off.add(job.target.video)  # whoever is making it may have done so by then
+                    waiting.append(job)
+                    continue
                 result.failed.append((job.target, error))
                 if isinstance(error, InterruptedRun):
                     break
@@ -108,6 +120,20 @@ def choose_wanted(config: Config, model: Described, jobs: Sequence[Job], on_exis
     written = [path for job in wanted for path in outputs(job.target, config.video)]
     check_kept([job.opening for job in wanted if job.opening], written)
     return wanted
+
+
+def check_prompts(model: Blueprint, jobs: Sequence[Job]) -> None:
+    """Raises DataError where a prompt says nothing to the model; what it cannot read of one is told in the log."""
+    for job in jobs:
+        with _at(job.item, len(jobs)):
+            for shot in job.shots:
+                model.encode_text.reads(shot.prompt)
+
+
+def picture_size(config: Config, model: Described) -> tuple[int, int]:
+    """Width and height of the video in pixels."""
+    width, height = (side * config.video.upscale for side in model.size)
+    return width, height
 
 
 def choose_plan(config: Config, blueprint: Blueprint, jobs: Sequence[Job]) -> memory.Plan:
@@ -198,7 +224,9 @@ def load(blueprint: Blueprint, mode: Mode, prompts: Sequence[str]) -> Backbone:
 
 
 def choose_targets(items: Sequence[Item], output: Path) -> list[Target]:
-    """A file of its own for every item. Raises OutputError if several would have to share one."""
+    """A file of its own for every item. Raises OutputError if several would share one, or for another format."""
+    if str(output) == "-" or (output.suffix.lower() in OTHER_VIDEOS and not output.is_dir()):
+        raise OutputError(f"videos are written as .mp4, not to {output}", "name an .mp4 file, or a folder")
     if output.suffix.lower() == ".mp4":
         if len(items) > 1:
             raise OutputError(f"{len(items)} videos cannot go into one file {output}", "name a folder: -o outputs")
@@ -223,7 +251,11 @@ def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | N
     usual = Init(path, bool(video.init_video)) if path else None
     longest = max(item.seconds or video.seconds for item in items)
     inits = [item.init or usual for item in items]
-    found = {init: examine(init, video.fps, longest) for init in dict.fromkeys(inits) if init}
+    found: dict[Init, Opening] = {}
+    for item, init in zip(items, inits, strict=True):
+        if init and init not in found:
+            with _at(item, len(items)):
+                found[init] = examine(init, video.fps, longest)
     return [found[init] if init else None for init in inits]
 
 
@@ -237,8 +269,22 @@ def plan_jobs(
 ) -> list[Job]:
     """The job of every item. Raises what `check_cache` and `plan_job` raise."""
     check_cache(config.cache, model)
-    parts = zip(items, openings, targets, strict=True)
-    return [replace(plan_job(config, model, *part), replaces=replaces) for part in parts]
+    jobs = []
+    for item, opening, target in zip(items, openings, targets, strict=True):
+        with _at(item, len(items)):
+            jobs.append(replace(plan_job(config, model, item, opening, target), replaces=replaces))
+    return jobs
+
+
+@contextmanager
+def _at(item: Item, count: int) -> Iterator[None]:
+    """Of several items, errors tell which one they are about."""
+    try:
+        yield
+    except HforceError as error:
+        if count > 1 or item.file:
+            error.say_where(item.place)
+        raise
 
 
 def plan_job(config: Config, backbone: Described, item: Item, opening: Opening | None, target: Target) -> Job:
@@ -263,7 +309,6 @@ def make(
     script = build_script(job.shots, job.plan, backbone)
     given = encode_opening(job.opening, job.plan.given, backbone) if job.opening else None
     factor = config.video.upscale
-    width, height = (side * factor for side in backbone.size)
     video, sheet = config.video, Sheet(job.plan.frames, config.video.fps)
     done, spent = 0, {"denoise": 0.0, "commit": 0.0, "decode": 0.0, "encode": 0.0}
 
@@ -273,9 +318,8 @@ def make(
         picture = sheet.draw(max(1, factor // 2)) if video.contact_sheet else None
         certify(whole, job.target, record(config, backbone, job), outcome, picture)
 
-    sink = FfmpegSink(
-        job.target.video, (width, height), video.fps, video.crf, video.preset, job.plan.frames, job.replaces, finish
-    )
+    size, expected = picture_size(config, backbone), job.plan.frames
+    sink = FfmpegSink(job.target.video, size, video.fps, video.crf, video.preset, expected, job.replaces, finish)
     try:
         with sink:
             for chunk, frames, seconds in decoded(stream, script, backbone, given, worker):

@@ -23,7 +23,7 @@ Set = Annotated[
 ]
 Seed = Annotated[int | None, Option("--seed", metavar="N", help="Seed of the noise.")]
 Duration = Annotated[
-    str, Option("--duration", "-d", metavar="TIME", help="Length of each video, as 30s or 1.5m.")
+    str, Option("--duration", "-d", metavar="TIME", help="Length, as 30s or 1.5m; rounded up to whole chunks.")
 ]
 InitImage = Annotated[
     str, Option("--init-image", metavar="FILE", help="Start from this picture; part of the length.")
@@ -39,7 +39,7 @@ PromptFile = Annotated[
     str | None, Option("--prompt-file", "-f", metavar="FILE", help="Prompts: .txt, .jsonl, or - for stdin.")
 ]
 Frames = Annotated[
-    int | None, Option("--frames", metavar="N", help="Length in video frames, instead of --duration.")
+    int | None, Option("--frames", metavar="N", help="Length in video frames, rounded up to whole chunks.")
 ]
 Policy = Annotated[
     str, Option("--policy", metavar="NAME", help="head-forcing, hf-10, hf-11, hf-15, window, sink, full...")

@@ -39,7 +39,7 @@ from hforce.cache.roles import (
     margins,
     save_profile,
 )
-from hforce.errors import DataError, OutputError, cannot_write
+from hforce.errors import DataError, HforceError, OutputError, cannot_write
 from hforce.models.base import Backbone
 from hforce.plots import check_plot as check_plot
 from hforce.plots import plot as plot
@@ -109,7 +109,11 @@ def run(config: Config, output: Path | None, tell: Callable[[ProfileProgress], N
     agreed = agreement(own.roles, others[0].roles) if others else None
     profile = compose(config, backbone, samples[: len(plans[0])], own, agreed)
     if output is not None:
-        save_profile(profile, output)
+        try:
+            save_profile(profile, output)
+        except HforceError:
+            log.error("what was measured, but could not be written:\n%s", show(profile))
+            raise
     return profile
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ class Item:
     seconds: float | None = None
     line: int = 1
     init: Init | None = None
+    file: str = field(default="", compare=False)  # of which it is a line; "": it was given by itself
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        return f"{self.file}:{self.line}" if self.file else f"prompt {self.line}"
 
     def timed(self, seconds: float) -> tuple[Shot, ...]:
         """The shots with their lengths, when the video has `seconds`. Raises DataError when they do not fit."""
@@ -61,7 +67,7 @@ class Item:
         free = sum(shot.seconds is None for shot in self.shots)
         left = seconds - fixed
         if left <= 0 if free else abs(left) > 1e-6:
-            raise DataError(f"line {self.line}: the shots take {fixed:g}s, the video has {seconds:g}s",
+            raise DataError(f"the shots take {fixed:g}s, the video has {seconds:g}s",
                             "make the video longer or the schedule shorter")
         return tuple(shot if shot.seconds is not None else replace(shot, seconds=left / free) for shot in self.shots)
 
@@ -73,19 +79,22 @@ class _Fault(Exception):
 def load_prompts(path: Path | str, grid: Grid = Grid()) -> list[Item]:  # noqa: B008 (frozen)
     """The items of a prompt file, or of standard input for "-".
 
-    `.txt` (or no suffix): one prompt a line. `.jsonl`: one object a line with `prompt`, `prompts` or `schedule`, and
-    optionally `name`, `seed`, `duration`, and `init_image` or `init_video`; `grid` turns moments told in frames or
-    chunks into seconds. Raises InputError for a missing file and DataError for a bad one, with `file:line` of the first
-    20 faults.
+    `.txt`: one prompt a line. `.jsonl`, or without a suffix what begins with a brace: one object a line with `prompt`,
+    `prompts` or `schedule`, and optionally `name`, `seed`, `duration`, and `init_image` or `init_video`; `grid` turns
+    moments told in frames or chunks into seconds. Raises InputError for a missing file and DataError for a bad one with
+    `file:line` of its first 20 faults.
     """
     name, text = _read(path)
     lines = list(_lines(text))
-    is_json = name.lower().endswith(_JSON_SUFFIXES) or (str(path) == "-" and lines and lines[0][1].startswith("{"))
+    is_json = name.lower().endswith(_JSON_SUFFIXES)
+    if not is_json and not name.lower().endswith(".txt"):  # as of a pipe: no prompt begins like that
+        is_json = bool(lines) and lines[0][1].startswith("{")
     items: list[Item] = []
     faults: list[str] = []
     for number, line in lines:
         try:
-            items.append(_parse_object(line, number, grid) if is_json else _parse_line(line, number))
+            item = _parse_object(line, number, grid) if is_json else _parse_line(line, number)
+            items.append(replace(item, file=name))
         except _Fault as fault:
             faults.append(f"{name}:{number}: {fault}")
     faults += [f"{name}:{fault}" for fault in _repeated_names(items)]

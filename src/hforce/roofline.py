@@ -11,7 +11,7 @@ from torch import nn
 
 from hforce.geometry import Geometry
 from hforce.models.base import Codec
-from hforce.models.dit import WanConfig
+from hforce.models.dit import Linear, WanConfig
 from hforce.weigh import tensors_of
 
 MULTIPLY_ADD = 2  # operations
@@ -146,11 +146,12 @@ def chunk_stages(
 
 
 def measure_ceiling(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> Ceiling:
-    """The fastest of a few large matrix products of random numbers, and of as many copies; after one untimed each."""
+    """The fastest of a few large linear layers of random numbers, and of as many copies; after one untimed each."""
     width, nbytes = SMALL if device.type == "cpu" else LARGE
     generator = torch.Generator(device).manual_seed(0)
-    left, right = (torch.randn(width, width, device=device, generator=generator).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
+    left = torch.randn(width, width, device=device, generator=generator).to(dtype)
+    layer = Linear(width, width, bias=False, device=device, dtype=dtype)
+    layer.weight.data.copy_(torch.randn(width, width, device=device, generator=generator))
     source = torch.randn(nbytes // 4, device=device, generator=generator)
     target = torch.empty_like(source)
 
@@ -163,5 +164,6 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype, clock: Callable[[]
             times.append(clock() - begin)
         return min(times)
 
-    multiply = fastest(lambda: torch.mm(left, right, out=product))
+    with torch.inference_mode():
+        multiply = fastest(lambda: layer(left))
     return Ceiling(MULTIPLY_ADD * width**3 / multiply, 2 * nbytes / fastest(lambda: target.copy_(source)))

@@ -1,14 +1,16 @@
-"""How a command ends: exit codes, error lines, signals, and text that is safe to print."""
+"""How a command begins and ends: streams, exit codes, error lines, signals, and text that is safe to print."""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -17,7 +19,9 @@ from hforce.errors import (
     FULL,
     SMALLER,
     HforceError,
+    InputError,
     InterruptedRun,
+    PermissionDenied,
     RoomError,
     UsageError,
     WriteError,
@@ -25,6 +29,7 @@ from hforce.errors import (
 )
 
 UNSEEN = "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of what follows
+ERRORS = 2  # the number of standard error
 GLOBAL = ("-q", "--quiet", "-v", "--verbose", "--debug")  # may stand before or after the command
 
 
@@ -72,6 +77,12 @@ def fail_otherwise(error: Exception) -> int:
         return fail(UsageError(error.format_message(), f"{command} --help"))
     if isinstance(error, OSError) and error.errno in FULL:  # files are written elsewhere: this was standard output
         return fail(WriteError(f"writing to standard output failed: {error.strerror}", "free some space"))
+    if isinstance(error, OSError) and error.filename is not None:
+        path = os.fsdecode(error.filename)
+        if isinstance(error, PermissionError):
+            return fail(PermissionDenied(f"may not look at {path}", "check who owns it"))
+        if error.errno == errno.ENAMETOOLONG:
+            return fail(InputError(f"no file can be called {path[:60]}...: {error.strerror}", "check the path"))
     if is_out_of_memory(error):
         return fail(RoomError("out of memory", SMALLER))
     traceback.print_exception(error)
@@ -83,6 +94,7 @@ def start(app: typer.Typer) -> None:
     """Runs the command line and leaves with its exit code."""
     _on_signal(signal.SIGTERM, 75)
     _on_signal(signal.SIGINT, 130)
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
         # Paths that are no text come out as they went in; what an old encoding cannot say is told by its number.
@@ -92,6 +104,41 @@ def start(app: typer.Typer) -> None:
     finally:
         _let_go()
     sys.exit(code)
+
+
+class _Messages(io.RawIOBase):
+    """Standard error that never fails: nobody loses a video because a message about it cannot be written."""
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return ERRORS
+
+    def isatty(self) -> bool:
+        return os.isatty(ERRORS)
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while left:
+                left = left[os.write(ERRORS, left) :]
+        except OSError:
+            pass  # the disk is full, or nobody reads any more
+        return len(data)
+
+
+def _open_streams() -> None:
+    """Gives the process its three streams; those that were closed lead nowhere, or files would take their places."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    encoding = sys.stderr.encoding if sys.stderr else "utf-8"
+    sys.stderr = io.TextIOWrapper(_Messages(), encoding, "backslashreplace", write_through=True)
 
 
 def _let_go() -> None:

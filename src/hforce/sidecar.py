@@ -13,7 +13,7 @@ import torch
 import hforce
 from hforce.build import Plan, build_roles, effective
 from hforce.documents import file_digest, read_document, write_bytes, write_document
-from hforce.errors import DataError, OutputError, WriteError
+from hforce.errors import DataError, HforceError, OutputError, WriteError
 from hforce.models.base import Described
 from hforce.opening import Opening
 from hforce.prompts import Item, Shot
@@ -107,14 +107,25 @@ def certify(video: Path, target: Target, recipe: dict[str, Any], outcome: dict[s
     """
     shown = {"sheet_sha256": hashlib.sha256(sheet).hexdigest()} if sheet is not None else {}
     result = {**outcome, "sha256": file_digest(video), **shown}
+    is_old = sheet is None and _shows(target)
     write_document(target.sidecar, json.dumps({**recipe, "result": result}, indent=1) + "\n")
     if sheet is None:
+        if is_old:  # it shows the video that is being replaced
+            target.sheet.unlink(missing_ok=True)
         return
     try:
         write_bytes(target.sheet, sheet)
     except (OutputError, WriteError):
         target.sidecar.unlink()  # of a video that will not be there
         raise
+
+
+def _shows(target: Target) -> bool:
+    """Whether a contact sheet is there that belongs to the sidecar beside it."""
+    try:
+        return target.sheet.is_file() and _read(target.sidecar)[1].get("sheet_sha256") == file_digest(target.sheet)
+    except HforceError:
+        return False
 
 
 def _read(path: Path) -> Parts:

@@ -1,8 +1,10 @@
 """Video files: written while they are made, checked, and only then given their name."""
 
 import contextlib
+import errno
 import io
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from hforce.errors import OutputError, WriteError, cannot_write
-from hforce.ffmpeg import Encoder, check_encoder, count_frames, run_ffmpeg
+from hforce.errors import OutputError, TakenError, WriteError, cannot_write
+from hforce.ffmpeg import Encoder, check_encoder, count_frames, holds_frames, run_ffmpeg
 
 Frames = NDArray[np.uint8]
 
 KEYFRAME_SECONDS = 3  # a killed run loses at most about this much
 GAP, LABEL = 6, 14  # pixels between the pictures of a contact sheet, and of the letters below them
+LARGEST_SIDE = 16384  # pixels, of x264
 TICKS = 1024  # of one frame, so that every frame is equally long
 BIT_EXACT = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact")
 # The matrix of the conversion and the tags that tell of it; players otherwise guess, and are off by up to 40 of 255.
@@ -64,9 +67,9 @@ class FfmpegSink:
     On a clean end it is remuxed with its index in front, decoded and counted, shown to `certify`, and moved to `path`:
     what `certify` writes is on the disk before the video appears. On any error what was encoded stays in the part
     file; `kept` names it, or the one of an earlier run if that is longer, which stays until a video is finished.
-    Raises UnavailableError without ffmpeg, OutputError where nothing can be created, where another process is writing
-    the same video, or, unless it `replaces`, where one is there; WriteError when ffmpeg fails, stalls or the count is
-    wrong.
+    Raises UnavailableError without ffmpeg; OutputError where nothing can be created, its child TakenError where another
+    process is writing the same video or, unless it `replaces`, where one is there; WriteError when ffmpeg fails, stalls
+    or the count is wrong.
     """
 
     patience = 120.0  # seconds that ffmpeg may take for one chunk, and for its end
@@ -74,8 +77,7 @@ class FfmpegSink:
     def __init__(self, path: Path | str, size: tuple[int, int], fps: int = 16, crf: int = 18, preset: str = "medium",
                  expected: int | None = None, replaces: bool = True,
                  certify: Callable[[Path], None] | None = None) -> None:
-        if size[0] % 2 or size[1] % 2:
-            raise OutputError(f"cannot encode {size[0]}x{size[1]}: H.264 needs an even width and height")
+        check_size(size)
         self.path = Path(os.path.abspath(path))
         self.part = part_path(self.path)
         _, self.before = unfinished(self.path)
@@ -92,7 +94,7 @@ class FfmpegSink:
             if self.part.is_symlink():
                 self.part.unlink()  # never through a link that somebody left there
             old = self._claim()
-            if _size(self.part) > _size(self.before):
+            if _worth(self.part) > _worth(self.before):
                 os.replace(self.part, self.before)
                 self._claimed = self._claim()
                 old.close()
@@ -102,7 +104,7 @@ class FfmpegSink:
             raise cannot_write(self.part, error) from error
         try:
             if self.path.exists() and not self.replaces:
-                raise OutputError(f"{self.path} was made meanwhile", "choose another output")
+                raise TakenError(f"{self.path} was made meanwhile", "choose another output")
             self._encoder = Encoder(self._arguments(), self.part, self.patience)
         except BaseException:
             self._let_go()
@@ -139,20 +141,20 @@ class FfmpegSink:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise OutputError(f"another hforce is making {self.path}", "wait, or choose another output") from None
+            raise TakenError(f"another hforce is making {self.path}", "wait, or choose another output") from None
         except (ImportError, OSError):
             file.close()
             return file
         if not self._is_here(file):
             file.close()  # whoever held it has finished meanwhile
-            raise OutputError(f"another hforce has just made {self.path}", "choose another output")
+            raise TakenError(f"another hforce has just made {self.path}", "choose another output")
         return file
 
     def _let_go(self) -> None:
-        """Closes the part file, removes it where nothing is in it, and tells which one is worth keeping."""
-        longest = max(self.part, self.before, key=_size)
-        self.kept = longest if _size(longest) else None
-        if not _size(self.part) and self._is_here(self._claimed):
+        """Closes the part file, removes it where no frame is in it, and tells which one is worth keeping."""
+        longest = max(self.part, self.before, key=_worth)
+        self.kept = longest if _worth(longest) else None
+        if not _worth(self.part) and self._is_here(self._claimed):
             _discard(self.part)
         self._claimed.close()
 
@@ -196,9 +198,18 @@ class FfmpegSink:
         _discard(self.before)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
+def _worth(path: Path) -> int:
+    """Bytes of an unfinished video, 0 where there is none, or no frame in it."""
+    return path.stat().st_size if holds_frames(path) else 0
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raises OutputError for a width and height that H.264 cannot have."""
+    if size[0] % 2 or size[1] % 2:
+        raise OutputError(f"cannot encode {size[0]}x{size[1]}: H.264 needs an even width and height")
+    if max(size) > LARGEST_SIDE:
+        message = f"cannot encode {size[0]}x{size[1]}: H.264 has at most {LARGEST_SIDE} pixels a side"
+        raise OutputError(message, "choose a smaller --size or --upscale")
 
 
 def part_path(path: Path) -> Path:
@@ -227,8 +238,13 @@ def preflight(*paths: Path | str) -> None:
 def check_place(path: Path | str) -> None:
     """Create the folder of a file to be written. Raises OutputError or its child where no file can be created."""
     path = Path(os.path.abspath(path))
-    if path.is_dir():
-        raise OutputError(f"cannot create {path}: it is a folder", "give the name of a file, or another name")
+    try:
+        kind = path.stat().st_mode if path.exists() else stat.S_IFREG
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    if not stat.S_ISREG(kind):
+        what = "it is a folder" if stat.S_ISDIR(kind) else "something that is no file is there"
+        raise OutputError(f"cannot create {path}: {what}", "give the name of a file, or another name")
     for folder in {path.parent, part_path(path).parent if path.suffix.lower() == ".mp4" else path.parent}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -236,6 +252,19 @@ def check_place(path: Path | str) -> None:
                 pass
         except OSError as error:
             raise cannot_write(folder, error) from error
+
+
+def check_reach(path: Path | str) -> None:
+    """Raises OutputError where the first folder above a path that is there may not be written to; creates nothing."""
+    path = Path(os.path.abspath(path))
+    try:
+        folder = next(folder for folder in path.parents if folder.exists())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    if not folder.is_dir():
+        raise OutputError(f"cannot create {path}: {folder} is no folder", "check the path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def upscale(frames: Any, factor: int) -> Frames:

@@ -77,13 +77,19 @@ def test_free_form_is_understood(text, words):
         ("a furry cat on the beach", ("furry", "cat", "beach")),
         ("a purple ball", ("purple",)),
         ("a ball on a red background", ("red",)),
-        ("a red ball and a blue square", ("blue", "square")),
         ("ein Bällchen, 猫", ("ein", "bällchen", "猫")),
         ("", ()),
     ],
 )
 def test_what_is_not_understood_is_told(text, unknown):
-    assert parse(text).unknown == unknown
+    assert (parse(text).unknown, parse(text).surplus) == (unknown, ())
+
+
+def test_a_second_thing_is_one_too_many():
+    parsed = parse("a red ball and a furry blue square, a green one")
+    assert (parsed.words, parsed.unknown, parsed.surplus) == (
+        {"color": "red", "shape": "circle"}, ("furry", "one"), ("blue", "square", "green"),
+    )  # fmt: skip
 
 
 @given(SOME_WORDS, st.text(max_size=20))

@@ -120,9 +120,13 @@ class WordEncoder:
                 f"the tiny model knows no word of the prompt {prompt[:60]!r}; it knows\n{vocabulary()}",
                 f"for example: {EXAMPLE}",
             )
-        if parsed.unknown and prompt not in self._told:
+        if prompt not in self._told:
             self._told.add(prompt)
-            log.warning("the tiny model does not know: %s. It knows\n%s", ", ".join(parsed.unknown), vocabulary())
+            if parsed.surplus:
+                told = prompt[:60], ", ".join(parsed.surplus)
+                log.warning("the tiny model shows one thing on one background, so of %r it leaves out: %s", *told)
+            if parsed.unknown:
+                log.warning("the tiny model does not know: %s. It knows\n%s", ", ".join(parsed.unknown), vocabulary())
         return complete(parsed.words, prompt)
 
 

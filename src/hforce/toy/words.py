@@ -76,10 +76,11 @@ BREAKS = frozenset(",.;!?")
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a text says in the words of this world, and what in it was not understood or contradicts an earlier word."""
+    """What a text says in the words of this world, what was not understood, and what contradicts an earlier word."""
 
     words: Prompt
     unknown: tuple[str, ...]
+    surplus: tuple[str, ...] = ()
 
 
 def sentence(words: Mapping[str, str]) -> str:
@@ -97,7 +98,8 @@ def parse(text: str) -> Parsed:
     """Read a description in free form: any order, missing pieces, common synonyms, any case and punctuation.
 
     A colour belongs to the noun that follows it in its clause, so "a green ball on green" has both. Words that carry
-    nothing here (articles, "moving", "lane") are passed over; the rest comes back in `unknown`, in order, once each.
+    nothing here (articles, "moving", "lane") are passed over; the rest comes back in `unknown`, and what contradicts an
+    earlier word in `surplus`, in order, once each.
     """
     plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
     for phrase, single in PHRASES.items():
@@ -105,6 +107,7 @@ def parse(text: str) -> Parsed:
     tokens = re.findall(r"[^\W_]+|[,.;!?]", plain)
     words: Prompt = {}
     unknown: dict[str, None] = {}
+    surplus: dict[str, None] = {}
     motion = _motion(tokens)
     if motion:
         words["motion"] = motion
@@ -112,9 +115,11 @@ def parse(text: str) -> Parsed:
         if token in BREAKS or token in IGNORED or token in VERBS or token in DIRECTIONS:
             continue
         slot, word = PLAIN_WORDS.get(token) or _color(tokens, place)
-        if not word or words.setdefault(slot, word) != word:
+        if not word:
             unknown[token] = None
-    return Parsed({slot: words[slot] for slot in SLOTS if slot in words}, tuple(unknown))
+        elif words.setdefault(slot, word) != word:
+            surplus[token] = None
+    return Parsed({slot: words[slot] for slot in SLOTS if slot in words}, tuple(unknown), tuple(surplus))
 
 
 def check_words(words: Mapping[str, str], known: Mapping[str, tuple[str, ...]] = SLOTS) -> None:
