@@ -65,8 +65,8 @@ def with_bench(config: Config, **changes: object) -> Config:
     return replace(config, bench=replace(config.bench, **changes))
 
 
-def drawn_table(result: BenchResult) -> str:
-    console = Console(width=120)
+def drawn_table(result: BenchResult, columns: int = 120) -> str:
+    console = Console(width=columns)
     with console.capture() as capture:
         console.print(bench.table(result))
     return capture.get()
@@ -203,6 +203,16 @@ def test_the_table_fits_120_columns_and_hides_nothing(result: BenchResult) -> No
         assert f"{row.denoise_fps:.{0 if row.denoise_fps >= 99.95 else 1}f}" in text  # large numbers without decimals
         assert f"{row.speed['window']:.2f}" in text
     assert "Δone" in text
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_on_a_narrow_terminal_the_table_stands_on_end_and_hides_nothing(result: BenchResult, columns: int) -> None:
+    text = drawn_table(result, columns)
+    assert max(map(len, text.splitlines())) <= columns
+    assert "…" not in text
+    for row in result.rows:
+        (speeds,) = (line for line in text.splitlines() if line.strip().startswith("D vs window"))
+        assert f"{row.speed['window']:.2f}" in speeds
 
 
 def test_the_table_fits_with_the_numbers_of_a_large_model(result: BenchResult) -> None:

@@ -175,6 +175,36 @@ def test_a_file_of_prompts_that_has_no_name_is_not_the_demo(generate):
     generate("-f", "", "--dry-run").fails(2, "--prompt-file is empty")
 
 
+def test_an_empty_value_is_that_of_an_unset_variable(command, tmp_path):
+    command("generate", "-p", "red", "--init-image", "").fails(2, "--init-image is empty")
+    command("bench", "--setups", "").fails(2, "--setups is empty")
+
+
+def test_options_that_would_do_nothing_are_refused(command):
+    command("bench", "--kernels", "-d", "3h").fails(2, "--duration does nothing beside --kernels")
+    command("profile", "--show", "x.json", "--compare").fails(2, "--compare does nothing beside --show")
+
+
+def test_a_dry_run_tells_what_the_run_would_say_of_prompts_and_places(generate, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle on mars", "seed": 7}\n{"prompt": "a blue square"}\n')
+    done = generate("-f", "p.jsonl", "--dry-run", "-o", "new/out")
+    assert (done.code, (tmp_path / "new").exists()) == (0, False)
+    assert "does not know: mars" in done.err
+    first, second = (line for line in done.out.splitlines() if line.startswith("output"))
+    assert first.endswith("chunks to make, seed 7") and "seed" not in second
+    generate("-p", "xyzzy", "--dry-run").fails(65, "knows no word of the prompt 'xyzzy'")
+    (tmp_path / "file").write_text("")
+    generate("-p", "red", "-o", "file/a.mp4", "--dry-run").fails(73, "cannot create")
+
+
+def test_what_is_there_already_needs_no_memory(generate):
+    options = ("-p", PROMPT, "-o", "a.mp4", "--set", "model.memory_limit=1MiB")
+    assert generate(*options, "--dry-run").code == 71
+    assert generate(*options[:4]).code == 0
+    done = generate(*options, "--dry-run")
+    assert (done.code, "it does not fit" in done.out) == (0, False)
+
+
 def test_a_dry_run_is_refused_where_the_run_would_be(generate, tmp_path):
     (tmp_path / "a.mp4").write_text("precious")
     generate("-p", PROMPT, "-o", "a.mp4", "--dry-run").fails(73, "exists and was not made by this very command")
@@ -232,6 +262,42 @@ def test_a_stopped_benchmark_says_so_with_the_code_of_the_signal(weights, heads,
 def buffering(request, monkeypatch):
     """What is written waits for a flush, which Python tries once more as it ends, or is written at once."""
     monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-", ">&- 2>&- <&-"])
+def test_messages_that_cannot_be_written_cost_no_video(weights, heads, tmp_path, streams):
+    """Nor do streams that a daemon has closed, whose numbers the files of a video would get."""
+    prompts = ("-p", "a red circle", "-p", "a blue square")
+    options = ["-m", weights, "--profile", heads, "--upscale", 1, "-d", "1s", *prompts]
+    line = [sys.executable, "-m", "hforce.cli", "generate", *options, "-o", tmp_path / "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    shell = ["sh", "-c", f'exec "$@" {streams}', "sh", *map(str, line)]
+    assert subprocess.run(shell, env=environment, check=False, timeout=100).returncode == 0
+    assert [frames_of(path) for path in (tmp_path / "out" / "videos").iterdir()] == [21, 21]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_the_numbers_of_a_bench_are_written_though_its_table_cannot_be(weights, heads, tmp_path):
+    options = ("-m", weights, "--set", f"cache.profile={heads}", "--setups", "window", "-d", "3s")
+    with Path("/dev/full").open("wb") as full:
+        process = start("bench", *options, "--json", tmp_path / "b.json", stdout=full.fileno())
+        told = process.communicate(timeout=100)[1].decode()
+    assert process.returncode == 74, told
+    assert json.loads((tmp_path / "b.json").read_text())["rows"][0]["setup"] == "window"
+
+
+def test_two_processes_share_a_list(weights, heads, tmp_path):
+    """Each makes what the other has not begun, waits for what it has, and both tell of all videos."""
+    (tmp_path / "p.txt").write_text("".join(f"a red circle {number}\n" for number in range(4)))
+    options = ["-m", weights, "--profile", heads, "--upscale", 1, "-d", "4s", "-f", tmp_path / "p.txt"]
+    both = [start("generate", *options, "-o", tmp_path / "out") for _ in range(2)]
+    told = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    videos = sorted(str(path) for path in (tmp_path / "out" / "videos").iterdir())
+    assert len(videos) == 4
+    for out, _ in told:
+        assert sorted(line for line in out.decode().splitlines() if line.endswith(".mp4")) == videos
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")

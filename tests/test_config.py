@@ -282,3 +282,8 @@ def test_a_wrong_size_names_the_nearest(text, near):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError):
         parse_size(text)
+
+
+def test_a_path_that_is_no_text_cannot_be_shown() -> None:
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        describe(load_config(flags={"cache.profile": "p\udce9.json"}))

@@ -132,6 +132,38 @@ def test_the_next_chunk_is_made_meanwhile_and_frames_stay_the_same(settings):
         assert min(seconds.values()) > 0
 
 
+def test_a_contact_sheet_goes_with_the_video_that_it_shows(settings, tmp_path):
+    make_one(settings(), tmp_path / "a.mp4")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    for name in ("a", "b"):
+        item = Item(None, (Shot(CIRCLE),))
+        config = settings("video.contact_sheet=false", "sample.seed=5")
+        assert generate.run(config, [item], tmp_path / f"{name}.mp4", "overwrite", lambda _: None).made
+    assert not (tmp_path / "a.png").exists()
+    assert (tmp_path / "b.png").exists()  # of which no sidecar says that it is ours
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.WEBM", "-"])
+def test_only_mp4_is_written(settings, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="videos are written as .mp4"):
+        make_one(settings(), Path(name))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("second", "message"), [
+    ('{"prompt": "xyzzy"}', "p.jsonl:2: the tiny model knows no word"),
+    ('{"prompt": "red", "init_image": "none.png"}', "p.jsonl:2: cannot read none.png"),
+    ('{"prompts": ["red", "blue"], "duration": "0.5s"}', "p.jsonl:2: prompt 1 of 2 would last less than a chunk"),
+])  # fmt: skip
+def test_faults_of_a_list_say_where_they_are(settings, tmp_path, monkeypatch, second, message):
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text('{"prompt": "a red circle"}\n' + second + "\n")
+    with pytest.raises(HforceError) as caught:
+        generate.run(settings(), load_prompts("p.jsonl"), tmp_path / "out", "skip", lambda _: None)
+    assert str(caught.value).startswith(message)
+
+
 def test_one_item_is_read_ahead_and_no_more():
     taken = []
 

@@ -226,3 +226,11 @@ def test_names_are_legal_unique_and_found_by_their_prompt(prompts):
         assert len(f"{stem}.mp4".encode()) <= 240
         assert not set(stem) & set('/\\<>:"|?*_\0\n') and not stem.startswith(".")
         assert stem == f"{prompt}-0" or stem.isascii()
+
+
+def test_without_a_suffix_a_brace_tells_objects_from_prompts(tmp_path):
+    """As of a pipe that a shell opened."""
+    for name, count in (("pipe", 1), ("p.txt", 0)):
+        (tmp_path / name).write_text('{"prompt": "a red circle", "seed": 3}\n')
+        (item,) = load_prompts(tmp_path / name)
+        assert (item.seed == 3) == bool(count)

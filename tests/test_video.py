@@ -1,6 +1,7 @@
 """The video sink: what a player sees, and what is left when something breaks."""
 
 import io
+import os
 import resource as limits
 import stat
 import threading
@@ -14,7 +15,7 @@ from PIL import Image
 
 from hforce.errors import OutputError, PermissionDenied, UnavailableError, WriteError, cannot_write
 from hforce.ffmpeg import count_frames, find_ffmpeg
-from hforce.video import FfmpegSink, NullSink, contact_sheet, part_path, preflight, upscale
+from hforce.video import FfmpegSink, NullSink, check_place, contact_sheet, part_path, preflight, upscale
 
 SIZE = (96, 64)  # width x height
 
@@ -173,6 +174,25 @@ def test_the_longest_unfinished_video_is_kept_until_one_is_finished(tmp_path, or
     assert count_frames(sink.kept) == 36
     make(tmp_path / "a.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_an_unfinished_video_without_a_frame_is_none(tmp_path):
+    assert stopped_after(0, tmp_path / "a.mp4").kept is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_h264_cannot_have_are_refused(tmp_path):
+    for size in ((16, 17), (16386, 16), (16, 16386)):
+        with pytest.raises(OutputError, match=f"cannot encode {size[0]}x{size[1]}: H.264"):
+            FfmpegSink(tmp_path / "a.mp4", size)
+
+
+@pytest.mark.parametrize("name", ["pipe.mp4", "x" * 252 + ".mp4", "x" * 300 + "/a.mp4", "file/a.mp4"])
+def test_a_place_where_no_file_can_be_is_told_of(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot create"):
+        check_place(tmp_path / name)
 
 
 def test_a_video_is_made_by_one_process_at_a_time(tmp_path):

@@ -105,7 +105,7 @@ def _roofline(result: BenchResult) -> Table:
     )
     shown.add_column("setup", no_wrap=True)
     shown.add_column("stage")
-    for head in (f"{letter}FLOP", "GB", "ms", f"{letter}FLOP/s", "of ceiling"):
+    for head in (f"{letter}FLOP", "GB", "ms", f"{letter}FLOP\n/s", "of\nceiling"):
         shown.add_column(head, justify="right", no_wrap=True)
     for setup, stages in result.stages.items():
         for name, stage in stages.items():

@@ -40,6 +40,7 @@ from hforce.video import FfmpegSink, check_size, contact_sheet, preflight, unfin
 log = logging.getLogger(__name__)
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
+LOOK_AGAIN = 1.0  # seconds between two looks at a video that another process is making
 OTHER_VIDEOS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mpg", ".webm")
 
 
@@ -90,28 +91,44 @@ def run(
     firsts = frozenset(job.plan.given % blueprint.geometry.chunk for job in wanted)
     studio = Studio(blueprint, prompts, firsts, planned, planned.mode, may_lighten=config.model.memory == "auto")
     studio.open()
-    waiting, put_off = deque(wanted), set[Path]()
     with ThreadPoolExecutor(1) as studio.worker:
-        while waiting:
-            job = waiting.popleft()
-            try:
-                if on_exists == "skip" and job.target.video.exists() and is_done(config, blueprint, job, on_exists):
-                    result.skipped.append(job.target)  # by another process, meanwhile
-                    continue
-                make_in(studio, config, job, tell)
-                result.made.append(job.target)
-            except HforceError as error:
-                traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
-                if isinstance(error, TakenError) and len(jobs) > 1 and job.target.video not in put_off:
-                    put_off.add(job.target.video)  # whoever is making it may have done so by then
-                    waiting.append(job)
-                    continue
-                result.failed.append((job.target, error))
-                if isinstance(error, InterruptedRun):
-                    break
-                if len(jobs) > 1:
-                    log.error("%s: %s", job.target.video.name, error)
+        make_all(studio, config, wanted, on_exists, tell, result, is_list=len(jobs) > 1)
     return result
+
+
+def make_all(
+    studio: Studio, config: Config, jobs: Sequence[Job], on_exists: str, tell: Callable[[Progress], None],
+    result: Result, is_list: bool,
+) -> None:  # fmt: skip
+    """Makes one video after the other, and enters into the result what became of it.
+
+    Of a list, those that another process is making come last: it may have made them by then.
+    """
+    waiting, put_off = deque(jobs), set[Path]()
+    while waiting:
+        job = waiting.popleft()
+        video = job.target.video
+        try:
+            if video in put_off:
+                time.sleep(LOOK_AGAIN)
+            if video.exists() and is_done(config, studio.blueprint, job, on_exists):
+                result.skipped.append(job.target)
+                continue
+            make_in(studio, config, job, tell)
+            result.made.append(job.target)
+        except HforceError as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
+            if is_list and isinstance(error, TakenError):
+                if video not in put_off:
+                    log.warning("%s: %s; it is looked for again at the end", video.name, error)
+                put_off.add(video)
+                waiting.append(job)
+                continue
+            result.failed.append((job.target, error))
+            if isinstance(error, InterruptedRun):
+                break
+            if is_list:
+                log.error("%s: %s", video.name, error)
 
 
 def choose_wanted(config: Config, model: Described, jobs: Sequence[Job], on_exists: str) -> list[Job]:

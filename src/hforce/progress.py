@@ -107,7 +107,8 @@ class VideoProgress(_Display):
         self._recent.append((progress.done, time.monotonic()))
         (first, start), (last, end) = self._recent[0], self._recent[-1]
         speed = f"{(last - first) / (end - start):.0f} FPS" if end > start else ""
-        name, most, count = progress.job.target.video.stem, 40 if self._width >= WIDE else 16, len(self._items)
+        name, count = progress.job.target.video.stem, len(self._items)
+        most = 16 if self._bar and self._width < WIDE else 40
         short = name if len(name) <= most else name[: most - 3] + "..."
         of = f"{self._items.index(progress.job.item) + 1}/{count} " if count > 1 else ""
         self._show(progress.job.target, of + short, progress.done, progress.job.plan.frames, "frames", speed)
