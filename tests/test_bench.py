@@ -205,7 +205,7 @@ def test_the_table_fits_120_columns_and_hides_nothing(result: BenchResult) -> No
     assert "Δone" in text
 
 
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", [72, 80])
 def test_on_a_narrow_terminal_the_table_stands_on_end_and_hides_nothing(result: BenchResult, columns: int) -> None:
     text = drawn_table(result, columns)
     assert max(map(len, text.splitlines())) <= columns
