@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -224,3 +227,35 @@ def test_messages_cannot_command_the_terminal(capsys):
     assert capsys.readouterr().err == "hforce: error: a \\x1b[31m b \\u202e c \\x07 d\n[/e]\n"
 
 
+SETPRIV = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def as_others() -> list[str] | None:
+    """What to begin a command with so that file permissions hold for it; None where there is no way."""
+    if os.geteuid() != 0:
+        return []
+    can = shutil.which("setpriv") and subprocess.run([*SETPRIV, "true"], capture_output=True, check=False)
+    return SETPRIV if can and can.returncode == 0 else None
+
+
+@pytest.mark.parametrize("options", [
+    ("-o", "closed/out"), ("-o", "closed/a.mp4"), ("-m", "closed/x.safetensors"), ("-m", "closed/x"),
+])  # fmt: skip
+def test_what_may_not_be_looked_at_is_said_in_a_line(tmp_path, options):
+    if (others := as_others()) is None:
+        pytest.skip("everything is permitted to root")
+    (tmp_path / "closed").mkdir(mode=0)
+    try:
+        line = [*others, sys.executable, "-m", "hforce.cli", "generate", "-p", "red", "-d", "1s", *options]
+        environment = {**os.environ, "PYTHONPATH": str(Path(hforce.__file__).parents[1])}
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    told = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, len(told)) == (77, "", 2), done.stderr
+    assert told[0].startswith("hforce: error: may not ") and "closed" in told[0]
+
+
+def test_a_model_whose_name_is_too_long_is_told_of(generate):
+    for name in ("x" * 300 + ".safetensors", "./" + "x" * 300):
+        generate("-p", "red", "-m", name).fails(66, "")

@@ -298,8 +298,8 @@ def frames_of(path: Path) -> np.ndarray:
 def test_the_tiny_autoencoder_is_asked_for_by_a_word(wan, base, tmp_path, name):
     release = release_with_taew(base, tmp_path / "release", name)
     options = ("--size", "32x32", "--set", "model.base=release")
-    for vae, output in (("", "own.mp4"), ("tiny", "word.mp4"), (release / name, "path.mp4")):
-        done = wan(*options, "--vae", vae, "-o", output)
+    for vae, output in ((), "own.mp4"), (("--vae", "tiny"), "word.mp4"), (("--vae", release / name), "path.mp4"):
+        done = wan(*options, *vae, "-o", output)
         assert done.code == 0, done.err
     own, word, path = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("own", "word", "path"))
     assert word == path != own
@@ -316,13 +316,13 @@ def test_the_tiny_model_takes_no_other_autoencoder(command):
     command("profile", "--vae", "tiny").fails(2, "the tiny model takes no model.vae")
 
 
-@pytest.mark.parametrize("vae", ["", "tiny"])
+@pytest.mark.parametrize("vae", [(), ("--vae", "tiny")], ids=["own", "tiny"])
 @pytest.mark.parametrize("size", [(64, 48), (48, 64)])
 def test_a_wan_model_starts_from_a_picture_and_goes_on_from_a_video(wan, base, tmp_path, vae, size):
     release_with_taew(base, tmp_path / "release", "taew2_1.pth")
     picture = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "first.png")
-    shape = ("--size", f"{size[0]}x{size[1]}", "--set", "model.base=release", "--vae", vae)
+    shape = ("--size", f"{size[0]}x{size[1]}", "--set", "model.base=release", *vae)
     assert wan(*shape, "--init-image", "first.png", "-o", "a.mp4").code == 0
     codec = load_codec(tmp_path / "release" / ("taew2_1.pth" if vae else "Wan2.1_VAE.pth"), torch.float32, "cpu")
     video = torch.from_numpy(picture).permute(2, 0, 1)[None, None] / 255

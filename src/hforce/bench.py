@@ -32,7 +32,7 @@ from hforce.cache.eager import EagerWindow
 from hforce.cache.roles import head_order
 from hforce.config import with_setup
 from hforce.decoding import Decoded, decoded, to_bytes
-from hforce.errors import ConfigError, HforceError, InterruptedRun
+from hforce.errors import ConfigError, HforceError
 from hforce.machine import (
     Clock,
     Stopwatch,
@@ -187,8 +187,6 @@ class Entrant:
         self.stream.model.before, self.stream.model.after = self._halves  # of a model that others run otherwise
         try:
             return next(self._player)
-        except InterruptedRun:
-            raise
         except HforceError as error:
             error.say_where(f"setup {self.setup!r}")
             raise
@@ -225,7 +223,10 @@ def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
     configs = choose_setups(config, (*SETUPS, EAGER))
     backbone, beside = build_bench_backbone(config)
     items = load_prompts(config.bench.prompts or resource("prompts/bench.txt"))
-    courses = [plan_course(config, backbone, item) for item in items]
+    courses = []
+    for item in items:
+        with item.blamed(len(items)):
+            courses.append(plan_course(config, backbone, item))
     backbones = share_backbones(configs, backbone)
     count = Tally(tell, sum(course.plan.total for course in courses) * len(configs))
     races = []
@@ -267,7 +268,7 @@ def choose_setups(config: Config, known: Collection[str] = SETUPS) -> dict[str, 
 def plan_course(config: Config, backbone: Backbone, item: Item) -> Course:
     """The item cut into chunks and encoded. Raises ConfigError where nothing is left to time, or a file comes first."""
     if item.init:
-        raise ConfigError(f"{item.place}: what is timed starts from nothing, not from {item.init.path}")
+        raise ConfigError(f"what is timed starts from nothing, not from {item.init.path}")
     seconds = item.seconds or config.bench.seconds
     shots = item.timed(seconds)
     plan = build_plan(shots, seconds, config.video.fps, backbone)

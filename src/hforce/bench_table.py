@@ -27,7 +27,8 @@ Column = tuple[str, str, Callable[[Row], float | None]]
 
 def table(result: BenchResult) -> Group:
     """Two tables of at most 120 columns: a row a setup, or a column where that is too wide; and where its time goes."""
-    return Group(Fitting(_setups(result), _setups_on_end(result)), _roofline(result))
+    shown = Fitting(_setups(result), _setups_on_end(result))
+    return Group(shown, Text(_caption(result) + "\n"), _roofline(result), Text(_ceiling(result)))
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Fitting:
 
 def _setups(result: BenchResult) -> Table:
     """Speed is against the reference, drift as far as it is measured."""
-    shown = _blank(_caption(result))
+    shown = _blank()
     shown.add_column("setup", no_wrap=True)
     columns = _columns(result)
     for head, _, _ in columns:
@@ -56,7 +57,7 @@ def _setups(result: BenchResult) -> Table:
 
 def _setups_on_end(result: BenchResult) -> Table:
     """The same numbers, a column for every setup."""
-    shown = _blank(_caption(result))
+    shown = _blank()
     shown.add_column("", no_wrap=True)
     for row in result.rows:
         shown.add_column(row.setup, justify="right", overflow="fold")
@@ -97,12 +98,8 @@ def _drift_of(measure: str) -> Column:
 
 def _roofline(result: BenchResult) -> Table:
     """Every stage of a mean steady chunk: its work, its time, and what share of the ceiling that is."""
-    best = result.ceiling
-    letter, unit = ("T", TERA) if best.flops_per_second >= TERA else ("G", GIGA)
-    shown = _blank(
-        f"A mean chunk. Ceiling, measured here: {best.flops_per_second / unit:.3g} {letter}FLOP/s in a matrix product, "
-        f"{best.bytes_per_second / GIGA:.3g} GB/s in a copy."
-    )
+    letter, unit = _unit(result)
+    shown = _blank()
     shown.add_column("setup", no_wrap=True)
     shown.add_column("stage")
     for head in (f"{letter}FLOP", "GB", "ms", f"{letter}FLOP\n/s", "of\nceiling"):
@@ -114,10 +111,21 @@ def _roofline(result: BenchResult) -> Table:
     return shown
 
 
-def _blank(caption: str) -> Table:
-    return Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=Text(caption), caption_justify="left"
+def _unit(result: BenchResult) -> tuple[str, float]:
+    """Of operations, by what the device does in a second."""
+    return ("T", TERA) if result.ceiling.flops_per_second >= TERA else ("G", GIGA)
+
+
+def _ceiling(result: BenchResult) -> str:
+    best, (letter, unit) = result.ceiling, _unit(result)
+    return (
+        f"A mean chunk. Ceiling, measured here: {best.flops_per_second / unit:.3g} {letter}FLOP/s in a matrix product, "
+        f"{best.bytes_per_second / GIGA:.3g} GB/s in a copy."
     )
+
+
+def _blank() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def _told(value: float | None, form: str = "") -> str:
@@ -145,8 +153,9 @@ def _caption(result: BenchResult) -> str:
     if counted < MANY_STEADY:
         lines.append(f"Percentiles of fewer than {MANY_STEADY} chunks say little: make the video longer.")
     if any(row.drift for row in result.rows):
-        is_long = min(frames) >= 2 * EDGE_SECONDS * FPS
-        ends = "last five seconds minus the first five" if is_long else "second half minus the first"
+        are_long = {count >= 2 * EDGE_SECONDS * FPS for count in frames}
+        ends = "last five seconds minus the first five" if True in are_long else "second half minus the first"
+        ends += " (of short videos, halves)" if len(are_long) > 1 else ""
         lines.append(f"Δ: {ends}, as fractions of frames, ground error as rms 0..1.")
     if prompts > 1:
         lines.append(f"D of one setup differs by up to {noise:.0%} from prompt to prompt.")

@@ -106,10 +106,7 @@ def generate(
     if frames is not None:
         settings.video.seconds = _count_seconds(frames, bool(duration), settings.video.fps)
     if print_config:
-        from hforce.config import describe
-
-        typer.echo(describe(settings), nl=False)
-        return
+        _print(settings, config)
     if on_exists not in ("skip", "overwrite", "error"):
         raise UsageError(f"--on-exists {on_exists!r}: expected skip, overwrite or error")
     items = _items(prompt or [], prompt_file, settings)
@@ -148,7 +145,7 @@ def profile(
     Example: hforce profile -o heads.json --plot heads.png
     """
     if show is not None:
-        _refuse(context, "--show", "prompt_file", "output", "mode", "compare", "anchor", "local")
+        options.refuse(context, "--show", *(name for name in context.params if name not in ("show", "plot")))
     flags: Flags = {"--prompt-file": ("profile.prompts", prompt_file), "--mode": ("profile.mode", mode)}
     flags |= {"--anchor": ("profile.anchor", anchor), "--local": ("profile.local", local), "--vae": ("model.vae", vae)}
     flags |= _origin(revision, offline, device)
@@ -201,7 +198,7 @@ def bench(
     Example: hforce bench --setups window,full,head-forcing -d 60s
     """
     if kernels:
-        _refuse(context, "--kernels", "setups", "prompt_file", "duration", "seed")
+        options.refuse(context, "--kernels", "setups", "prompt_file", "duration", "seed")
     named = [s.strip() for s in setups.split(",") if s.strip()]
     flags: Flags = {"--setups": ("bench.setups", named), "--prompt-file": ("bench.prompts", prompt_file)}
     flags |= {"--duration": ("bench.seconds", _seconds(duration)), "--seed": ("bench.seed", seed)}
@@ -221,15 +218,18 @@ def bench(
         verb.check_plot(plot)
     with _blame(config), CountProgress("benchmark", _is_quiet(context)) as progress:
         result = verb.run(settings, progress.update, *notes)
+    written: list[Path] = []
     try:
         if json_file is not None:
             write_document(json_file, verb.to_json(result))
+            written.append(json_file)
         if plot is not None:
             verb.plot(result, plot)
+            written.append(plot)
     finally:  # whichever of them cannot be had, the others can
         show_table(verb.table(result))
-    for path in filter(None, (json_file, plot)):
-        typer.echo(path)
+        for path in written:
+            typer.echo(path)
 
 
 def _check_results(paths: list[Path], sources: list[Path | str | None]) -> None:
@@ -240,29 +240,6 @@ def _check_results(paths: list[Path], sources: list[Path | str | None]) -> None:
     for number, path in enumerate(paths):
         check_place(path)
         check_result(path, [*(source for source in sources if source), *paths[:number]])
-
-
-def _given(context: typer.Context) -> Iterator[tuple[str, str, Any]]:
-    """Name, longest spelling and value of every option of the command line."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if source and source.name == "COMMANDLINE":
-            yield name, max(parameter.opts, key=len), context.params[name]
-
-
-def _refuse_empty(context: typer.Context) -> None:
-    """Raises UsageError for an option whose value is empty: that of an unset variable in a script, likely."""
-    for _, option, value in _given(context):
-        if value == "":
-            raise UsageError(f"{option} is empty", "leave it out, or give it a value")
-
-
-def _refuse(context: typer.Context, option: str, *others: str) -> None:
-    """Raises UsageError for options that would do nothing beside this one."""
-    for name, other, _ in _given(context):
-        if name in others:
-            raise UsageError(f"{other} does nothing beside {option}", "leave one of them out")
 
 
 def _origin(revision: str, offline: bool, device: str) -> Flags:
@@ -283,7 +260,7 @@ def _load(
     flags: Flags,
 ) -> Config:
     """The configuration: presets, files, --set, then the flags that were given. Errors name the flag, not the key."""
-    _refuse_empty(context)
+    options.refuse_empty(context)
     from hforce.config import load_config
     from hforce.which_model import which_model
 
@@ -297,6 +274,15 @@ def _load(
         for flag, (key, _) in given.items():
             told = told.replace(f"--set: {key}: ", f"{flag}: ")
         raise UsageError(told, error.mend) from error
+
+
+def _print(settings: Config, files: list[Path] | None) -> NoReturn:
+    """Prints every setting, and ends."""
+    from hforce.config import describe
+
+    with _blame(files):
+        typer.echo(describe(settings), nl=False)
+    raise typer.Exit(0)
 
 
 def _rehearse(

@@ -151,7 +151,7 @@ def describe(config: Config) -> str:
         return note + str(OmegaConf.to_yaml(OmegaConf.structured(config)))
     except UnicodeEncodeError as error:
         text = str(error.object).encode("utf-8", "backslashreplace").decode()
-        raise ConfigError(f"{text!r} is not UTF-8, and YAML holds nothing else", "rename the file") from error
+        raise ConfigError(f"{text} is not UTF-8, and YAML holds nothing else", "rename the file") from error
 
 
 def violations(config: Config) -> list[tuple[str, str]]:

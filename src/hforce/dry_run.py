@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hforce import memory
 from hforce.build import build_blueprint, build_policy, build_roles, effective
-from hforce.errors import UnavailableError
 from hforce.generate import (
     check_prompts,
     choose_targets,
     choose_wanted,
     find_openings,
+    outputs,
     picture_size,
     plan_jobs,
     plan_memory,
@@ -38,19 +37,21 @@ class Told:
 
 def run(config: Config, items: Sequence[Item], output: Path, on_exists: str) -> Told:
     """Looks at the files of a model and plans its videos. Raises HforceError as `generate.run` would."""
-    targets, openings = choose_targets(items, output), find_openings(config.video, items)
+    targets = choose_targets(items, output)
+    for target in targets:
+        for path in (*outputs(target, config.video), target.sheet):
+            check_reach(path)
+    openings = find_openings(config.video, items)
     blueprint = build_blueprint(config)
     check_size(picture_size(config, blueprint))
     jobs = plan_jobs(config, blueprint, items, openings, targets, on_exists == "overwrite")
     to_make = choose_wanted(config, blueprint, jobs, on_exists)
-    for job in to_make:
-        check_reach(job.target.video)
-    with suppress(UnavailableError):  # what reads prompts need not be installed to look at a model
-        blueprint.check_packages()
+    if not blueprint.packages:  # else to read a prompt takes what need not be installed to look at a model
         check_prompts(blueprint, to_make)
     wanted = {job.target.video for job in to_make}
-    plan, available = plan_memory(config, blueprint, jobs)
-    chunks = max(job.plan.held(blueprint.geometry.chunk) for job in jobs)
+    planned = to_make or jobs
+    plan, available = plan_memory(config, blueprint, planned)
+    chunks = max(job.plan.held(blueprint.geometry.chunk) for job in planned)
     fits = available is None or plan.peak <= available or not wanted
     lines = [
         *_model(blueprint), *_sampling(config, blueprint.family), *_cache(config, blueprint, chunks),

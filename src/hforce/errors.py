@@ -101,6 +101,9 @@ class InterruptedRun(HforceError):
         super().__init__(message, "run the same command again")
         self.exit_code = exit_code
 
+    def say_where(self, where: str) -> None:
+        """Does nothing: where the request came from has nothing to do with what was being done."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is Python's, PyTorch's or a driver's way to say that there is no memory left."""

@@ -164,11 +164,12 @@ class Encoder:
 
 
 def holds_frames(path: Path) -> bool:
-    """Whether a fragmented mp4 holds more than its header."""
-    if not path.is_file():
+    """Whether a fragmented mp4 is there that can be read and holds more than its header."""
+    try:
+        with path.open("rb") as file:
+            return FRAGMENT in file.read(HEADER)
+    except OSError:
         return False
-    with path.open("rb") as file:
-        return FRAGMENT in file.read(HEADER)
 
 
 def _input(path: Path, most_pixels: int) -> list[str]:

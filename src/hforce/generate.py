@@ -6,9 +6,9 @@ import logging
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from hforce.opening import Opening, check_kept, examine, read_opening
 from hforce.prompts import Init, Item, file_stem
 from hforce.settings import Config, VideoConfig
 from hforce.sidecar import Job, Target, certify, is_done, record
-from hforce.video import FfmpegSink, check_size, contact_sheet, preflight, unfinished, upscale
+from hforce.video import FfmpegSink, check_size, contact_sheet, is_taken, preflight, unfinished, upscale
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def run(
     Raises HforceError for what concerns all items, before any is begun.
     """
     targets = choose_targets(items, output)
-    preflight(*(path for target in targets for path in (target.video, target.sidecar, target.sheet)))
+    preflight(*(path for target in targets for path in (*outputs(target, config.video), target.sheet)))
     openings = find_openings(config.video, items)
     config = replace(config, model=pin_model(config.model))
     blueprint = build_blueprint(config)
@@ -111,6 +111,8 @@ def make_all(
         try:
             if video in put_off:
                 time.sleep(LOOK_AGAIN)
+            if is_list and is_taken(video):
+                raise TakenError(f"another hforce is making {video}")
             if video.exists() and is_done(config, studio.blueprint, job, on_exists):
                 result.skipped.append(job.target)
                 continue
@@ -120,7 +122,7 @@ def make_all(
             traceback.clear_frames(error.__traceback__)  # what they hold is memory that the next video needs
             if is_list and isinstance(error, TakenError):
                 if video not in put_off:
-                    log.warning("%s: %s; it is looked for again at the end", video.name, error)
+                    log.warning("%s; it is looked for again at the end", error)
                 put_off.add(video)
                 waiting.append(job)
                 continue
@@ -142,7 +144,7 @@ def choose_wanted(config: Config, model: Described, jobs: Sequence[Job], on_exis
 def check_prompts(model: Blueprint, jobs: Sequence[Job]) -> None:
     """Raises DataError where a prompt says nothing to the model; what it cannot read of one is told in the log."""
     for job in jobs:
-        with _at(job.item, len(jobs)):
+        with job.item.blamed(len(jobs)):
             for shot in job.shots:
                 model.encode_text.reads(shot.prompt)
 
@@ -271,7 +273,7 @@ def find_openings(video: VideoConfig, items: Sequence[Item]) -> list[Opening | N
     found: dict[Init, Opening] = {}
     for item, init in zip(items, inits, strict=True):
         if init and init not in found:
-            with _at(item, len(items)):
+            with item.blamed(len(items)) if item.init else nullcontext():
                 found[init] = examine(init, video.fps, longest)
     return [found[init] if init else None for init in inits]
 
@@ -288,20 +290,9 @@ def plan_jobs(
     check_cache(config.cache, model)
     jobs = []
     for item, opening, target in zip(items, openings, targets, strict=True):
-        with _at(item, len(items)):
+        with item.blamed(len(items)):
             jobs.append(replace(plan_job(config, model, item, opening, target), replaces=replaces))
     return jobs
-
-
-@contextmanager
-def _at(item: Item, count: int) -> Iterator[None]:
-    """Of several items, errors tell which one they are about."""
-    try:
-        yield
-    except HforceError as error:
-        if count > 1 or item.file:
-            error.say_where(item.place)
-        raise
 
 
 def plan_job(config: Config, backbone: Described, item: Item, opening: Opening | None, target: Target) -> Job:

@@ -110,12 +110,14 @@ class Graphs:
         before = torch.cuda.memory_reserved(x.device)
         try:
             flow = self._capture(graph, run, x, t)
-        except RuntimeError as error:
+        except BaseException as error:
             # A recording that broke off leaves the allocator in the belief that it goes on.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(x.device.index, self._pool)
+            if not isinstance(error, RuntimeError):
+                raise
             log.warning("passes run in single steps, for recording one failed: %s", str(error).partition("\n")[0])
-            self._works = False
+            self._works, self._given, self._text, self.nbytes = False, None, None, 0
             self._kept.clear()
             return False
         self.nbytes += max(0, torch.cuda.memory_reserved(x.device) - before)
@@ -134,7 +136,7 @@ class Graphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 flow = run(x, t, self._text)
-            except RuntimeError:
+            except BaseException:  # a request to stop among them
                 with suppress(RuntimeError):  # what went wrong in the pass says more
                     graph.capture_end()
                 raise

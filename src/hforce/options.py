@@ -1,9 +1,12 @@
 """The options of the three commands, and what their help says of them."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
+
+from hforce.errors import UsageError
 
 Prompt = Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")]
 Output = Annotated[Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")]
@@ -75,3 +78,26 @@ Random = Annotated[bool, Option("--random-weights", help="Time a model of the sa
 Suite = Annotated[str, Option("--suite", metavar="NAME", help="An experiment instead: tiny-length.")]
 Json = Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers here.")]
 Kernels = Annotated[bool, Option("--kernels", help="Attention backends instead, on layers of the model.")]
+
+
+def _given(context: Context) -> Iterator[tuple[str, str, Any]]:
+    """Name, longest spelling and value of every option of the command line."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            yield name, max(parameter.opts, key=len), context.params[name]
+
+
+def refuse_empty(context: Context) -> None:
+    """Raises UsageError for an option whose value is empty: that of an unset variable in a script, likely."""
+    for _, option, value in _given(context):
+        if value == "":
+            raise UsageError(f"{option} is empty", "leave it out, or give it a value")
+
+
+def refuse(context: Context, option: str, *others: str) -> None:
+    """Raises UsageError for options that would do nothing beside this one."""
+    for name, other, _ in _given(context):
+        if name in others:
+            raise UsageError(f"{other} does nothing beside {option}", "leave one of them out")

@@ -6,12 +6,13 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hforce.errors import DataError, UsageError
+from hforce.errors import DataError, HforceError, UsageError
 from hforce.rules import nearest
 from hforce.textfile import decode_text, read_text
 from hforce.units import Grid, parse_duration, parse_moment
@@ -56,10 +57,15 @@ class Item:
     init: Init | None = None
     file: str = field(default="", compare=False)  # of which it is a line; "": it was given by itself
 
-    @property
-    def place(self) -> str:
-        """Where it stands, for messages."""
-        return f"{self.file}:{self.line}" if self.file else f"prompt {self.line}"
+    @contextmanager
+    def blamed(self, count: int) -> Iterator[None]:
+        """Lets errors inside tell where it stands, if it is one of several or a line of a file."""
+        try:
+            yield
+        except HforceError as error:
+            if count > 1 or self.file:
+                error.say_where(f"{self.file}:{self.line}" if self.file else f"prompt {self.line}")
+            raise
 
     def timed(self, seconds: float) -> tuple[Shot, ...]:
         """The shots with their lengths, when the video has `seconds`. Raises DataError when they do not fit."""

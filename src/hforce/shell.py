@@ -77,7 +77,7 @@ def fail_otherwise(error: Exception) -> int:
         return fail(UsageError(error.format_message(), f"{command} --help"))
     if isinstance(error, OSError) and error.errno in FULL:  # files are written elsewhere: this was standard output
         return fail(WriteError(f"writing to standard output failed: {error.strerror}", "free some space"))
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
         path = os.fsdecode(error.filename)
         if isinstance(error, PermissionError):
             return fail(PermissionDenied(f"may not look at {path}", "check who owns it"))
@@ -134,7 +134,7 @@ def _open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
     encoding = sys.stderr.encoding if sys.stderr else "utf-8"

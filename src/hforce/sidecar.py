@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def certify(video: Path, target: Target, recipe: dict[str, Any], outcome: dict[s
     write_document(target.sidecar, json.dumps({**recipe, "result": result}, indent=1) + "\n")
     if sheet is None:
         if is_old:  # it shows the video that is being replaced
-            target.sheet.unlink(missing_ok=True)
+            with suppress(OSError):
+                target.sheet.unlink()
         return
     try:
         write_bytes(target.sheet, sheet)

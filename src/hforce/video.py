@@ -203,6 +203,20 @@ def _worth(path: Path) -> int:
     return path.stat().st_size if holds_frames(path) else 0
 
 
+def is_taken(path: Path) -> bool:
+    """Whether another process is making this video now, as far as the file system has locks."""
+    try:
+        import fcntl
+
+        with part_path(path).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return False
+
+
 def check_size(size: tuple[int, int]) -> None:
     """Raises OutputError for a width and height that H.264 cannot have."""
     if size[0] % 2 or size[1] % 2:
@@ -238,13 +252,7 @@ def preflight(*paths: Path | str) -> None:
 def check_place(path: Path | str) -> None:
     """Create the folder of a file to be written. Raises OutputError or its child where no file can be created."""
     path = Path(os.path.abspath(path))
-    try:
-        kind = path.stat().st_mode if path.exists() else stat.S_IFREG
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    if not stat.S_ISREG(kind):
-        what = "it is a folder" if stat.S_ISDIR(kind) else "something that is no file is there"
-        raise OutputError(f"cannot create {path}: {what}", "give the name of a file, or another name")
+    _check_kind(path)
     for folder in {path.parent, part_path(path).parent if path.suffix.lower() == ".mp4" else path.parent}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -254,13 +262,24 @@ def check_place(path: Path | str) -> None:
             raise cannot_write(folder, error) from error
 
 
-def check_reach(path: Path | str) -> None:
-    """Raises OutputError where the first folder above a path that is there may not be written to; creates nothing."""
-    path = Path(os.path.abspath(path))
+def _check_kind(path: Path) -> None:
+    """Raises OutputError or its child where something that is no file is in the way, or no file can have this name."""
     try:
-        folder = next(folder for folder in path.parents if folder.exists())
+        kind = path.stat().st_mode
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise cannot_write(path, error) from error
+    if not stat.S_ISREG(kind):
+        what = "it is a folder" if stat.S_ISDIR(kind) else "something that is no file is there"
+        raise OutputError(f"cannot create {path}: {what}", "give the name of a file, or another name")
+
+
+def check_reach(path: Path | str) -> None:
+    """As `check_place`, as far as that can be told without creating anything."""
+    path = Path(os.path.abspath(path))
+    _check_kind(path)
+    folder = next(folder for folder in path.parents if folder.exists())
     if not folder.is_dir():
         raise OutputError(f"cannot create {path}: {folder} is no folder", "check the path")
     if not os.access(folder, os.W_OK | os.X_OK):
