@@ -6,9 +6,11 @@ STAMP  := $(VENV)/.installed
 # glibc otherwise gives memory back between steps and faults it in again: 2.5 times slower training.
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 OMP_WAIT_POLICY=PASSIVE
 DEMO   := outputs/demo
+GPU    := outputs/gpu
+WAN     = $(VENV)/bin/hforce bench -m wan2.1-t2v-1.3b --random-weights --set bench.prompts=docs/h200/prompt.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-gpu lint fmt types check tiny tiny-judge demo bench wheel clean
+.PHONY: help install test test-gpu lint fmt types check tiny tiny-judge demo bench bench-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +57,14 @@ demo: $(STAMP) ## a one-minute video from the tiny model
 
 bench: $(STAMP) ## compare caches on the tiny model
 	@$(VENV)/bin/hforce bench
+
+bench-gpu: $(STAMP) ## what docs/performance.md tells of an H200, on the GPU that is here
+	@mkdir -p $(GPU)
+	@$(WAN) --setups window,hf-10,hf-11,reference-eager -d 30s --set 'bench.decoders=[taehv,wan-vae]' \
+	  --json $(GPU)/bench.json --plot $(GPU)/bench.png
+	@$(WAN) --setups hf-10 -d 10m --set 'bench.decoders=[taehv]' --json $(GPU)/hf-10.json --plot $(GPU)/hf-10.png
+	@$(WAN) --setups hf-11 -d 10m --set 'bench.decoders=[taehv]' --json $(GPU)/hf-11.json --plot $(GPU)/hf-11.png
+	@$(WAN) --kernels --set cache.setup=hf-11 --json $(GPU)/kernels.json
 
 wheel: $(STAMP) ## dist/hforce-*.whl
 	@$(PYTHON) -m build --wheel

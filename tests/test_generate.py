@@ -390,6 +390,14 @@ def test_other_roles_of_the_same_profile_file_make_another_video(settings, heads
         make(config, tmp_path, on_exists="skip")
 
 
+def test_what_is_other_than_it_was_is_told(settings, tmp_path):
+    make(settings("sample.seed=4"), tmp_path)
+    with pytest.raises(OutputError, match=r"this very command: seed was 4 and is 5, .*sample.seed was 4 and is 5$"):
+        make(settings("sample.seed=5"), tmp_path, on_exists="skip")
+    with pytest.raises(OutputError, match=r": frames was 21 and is 9, chunks was 2 and is 1, video.fps .*, and 2 more$"):
+        make(settings("sample.seed=4", "video.crf=20", "video.preset=slow", "video.fps=8"), tmp_path, on_exists="skip")
+
+
 @pytest.mark.parametrize("last", ["hforce.sidecar.write_document", "hforce.sidecar.write_bytes"])
 def test_a_run_that_is_stopped_while_its_files_get_their_names_goes_on_the_next_time(settings, tmp_path, last):
     """Once the sidecar is there, or the contact sheet, too, but the video is not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hforce.settings import Config
 
 KIND = "hforce.video/1"
 MOST_BYTES = 64 << 20
+MOST_TOLD, LONGEST_TOLD = 3, 40  # differences between two recipes, and letters of a value
 
 Parts = tuple[dict[str, Any], dict[str, Any]]
 
@@ -89,16 +91,40 @@ def is_done(config: Config, backbone: Described, job: Job, on_exists: str) -> bo
         return False
     recipe, result = _read(target.sidecar) if target.sidecar.exists() else ({}, {})
     is_whole = target.video.exists() and result.get("sha256") == file_digest(target.video)
-    if on_exists == "skip" and is_whole and recipe == json.loads(json.dumps(record(config, backbone, job))):
+    wanted = json.loads(json.dumps(record(config, backbone, job)))
+    if on_exists == "skip" and is_whole and recipe == wanted:
         return True
     shown = target.sheet if config.video.contact_sheet and target.sheet.exists() else None
     is_foreign = shown and result.get("sheet_sha256") != file_digest(shown)
     if target.video.exists() or is_foreign:
+        told = differences(recipe, wanted) if is_whole and recipe != wanted else ""
         raise OutputError(
-            f"{target.video if target.video.exists() else shown} exists and was not made by this very command",
+            f"{target.video if target.video.exists() else shown} exists and was not made by this very command{told}",
             "choose another output, or use --on-exists overwrite",
         )
     return False
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first settings of a recipe that are others now, for a message: ": seed was 0 and is 5"."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    told = [f"{key} was {_short(before.get(key))} and is {_short(after.get(key))}" for key in keys[:MOST_TOLD]]
+    return f": {', '.join(told)}" + (f", and {len(keys) - MOST_TOLD} more" if len(keys) > MOST_TOLD else "")
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of everything below that is no mapping."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, below in value.items():
+        yield from _leaves(below, f"{path}.{key}" if path else key)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_TOLD else text[: LONGEST_TOLD - 3] + "..."
 
 
 def certify(video: Path, target: Target, recipe: dict[str, Any], outcome: dict[str, Any], sheet: bytes | None) -> None:
