@@ -394,7 +394,7 @@ def test_what_is_other_than_it_was_is_told(settings, tmp_path):
     make(settings("sample.seed=4"), tmp_path)
     with pytest.raises(OutputError, match=r"this very command: seed was 4 and is 5, .*sample.seed was 4 and is 5$"):
         make(settings("sample.seed=5"), tmp_path, on_exists="skip")
-    with pytest.raises(OutputError, match=r": frames was 21 and is 9, chunks was 2 and is 1, video.fps .*, and 2 more$"):
+    with pytest.raises(OutputError, match=r": frames was 21 and is 9, chunks was 2 and is 1, video.fps .* and 2 more$"):
         make(settings("sample.seed=4", "video.crf=20", "video.preset=slow", "video.fps=8"), tmp_path, on_exists="skip")
 
 

@@ -21,6 +21,7 @@ from hforce.generate import (
 from hforce.memory import gib
 from hforce.models.base import Blueprint
 from hforce.models.families import Family
+from hforce.models.tiny import WordEncoder
 from hforce.prompts import Item
 from hforce.settings import Config
 from hforce.sidecar import Job
@@ -46,7 +47,7 @@ def run(config: Config, items: Sequence[Item], output: Path, on_exists: str) -> 
     check_size(picture_size(config, blueprint))
     jobs = plan_jobs(config, blueprint, items, openings, targets, on_exists == "overwrite")
     to_make = choose_wanted(config, blueprint, jobs, on_exists)
-    if not blueprint.packages:  # else to read a prompt takes what need not be installed to look at a model
+    if isinstance(blueprint.encode_text, WordEncoder):  # others read any prompt, with what need not be installed here
         check_prompts(blueprint, to_make)
     wanted = {job.target.video for job in to_make}
     planned = to_make or jobs
