@@ -91,13 +91,12 @@ def is_done(config: Config, backbone: Described, job: Job, on_exists: str) -> bo
         return False
     recipe, result = _read(target.sidecar) if target.sidecar.exists() else ({}, {})
     is_whole = target.video.exists() and result.get("sha256") == file_digest(target.video)
-    wanted = json.loads(json.dumps(record(config, backbone, job)))
-    if on_exists == "skip" and is_whole and recipe == wanted:
+    told = differences(recipe, json.loads(json.dumps(record(config, backbone, job)))) if is_whole else ""
+    if on_exists == "skip" and is_whole and not told:
         return True
     shown = target.sheet if config.video.contact_sheet and target.sheet.exists() else None
     is_foreign = shown and result.get("sheet_sha256") != file_digest(shown)
     if target.video.exists() or is_foreign:
-        told = differences(recipe, wanted) if is_whole and recipe != wanted else ""
         raise OutputError(
             f"{target.video if target.video.exists() else shown} exists and was not made by this very command{told}",
             "choose another output, or use --on-exists overwrite",
@@ -106,9 +105,11 @@ def is_done(config: Config, backbone: Described, job: Job, on_exists: str) -> bo
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first settings of a recipe that are others now, for a message: ": seed was 0 and is 5"."""
+    """The first settings of a recipe that are others now, for a message: ": seed was 0 and is 5"; "" if none is."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     keys = [key for key in before | after if before.get(key) != after.get(key)]
+    if not keys:
+        return ""
     told = [f"{key} was {_short(before.get(key))} and is {_short(after.get(key))}" for key in keys[:MOST_TOLD]]
     return f": {', '.join(told)}" + (f", and {len(keys) - MOST_TOLD} more" if len(keys) > MOST_TOLD else "")
 
