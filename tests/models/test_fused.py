@@ -53,11 +53,12 @@ def test_both_halves_of_a_block_are_what_they_are_in_single_steps(dtype: torch.d
     assert all(torch.equal(*pair) for pair in zip(before, given.values(), strict=True)), "nothing given was changed"
 
 
+@pytest.mark.parametrize("times", [[900.0, 500.0, 0.0], [700.0]], ids=["of every frame", "of the chunk"])
 @torch.inference_mode()
-def test_a_model_with_fused_blocks_is_the_same_model() -> None:
+def test_a_model_with_fused_blocks_is_the_same_model(times: list[float]) -> None:
     from hforce.models import fused
 
-    wan, x, t = random_wan().to(HERE), draw(1, 3, 4, 4, 6).to(HERE), torch.tensor([[900.0, 500.0, 0.0]], device=HERE)
+    wan, x, t = random_wan().to(HERE), draw(1, 3, 4, 4, 6).to(HERE), torch.tensor([times], device=HERE)
     text = wan.project_text(draw(1, 4, 8, seed=1).to(HERE))
 
     def see_itself(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
