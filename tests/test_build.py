@@ -260,3 +260,9 @@ def test_without_a_wish_one_core_is_left_to_the_encoder(others):
         assert torch.get_num_threads() == max(1, cores - 1)
     finally:
         torch.set_num_threads(before)
+
+
+def test_positions_may_be_true_without_quotes(backbone, heads):
+    """Which YAML reads as a truth value."""
+    config = cache_of(heads, "head-forcing", "cache.memory.options.positions=true")
+    assert build_policy(config, HeadRole.MEMORY, backbone, 1).positions == "true"

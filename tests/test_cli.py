@@ -159,7 +159,7 @@ def test_results_replace_neither_what_is_read_nor_what_is_not_ours(command, tmp_
     prompts.write_text("a red circle\na blue square")
     (tmp_path / "link.png").symlink_to("p.txt")
     command(verb[0], "-f", "p.txt", verb[1], "link.png").fails(73, "is read or written by the same command")
-    command(verb[0], "-f", "p.txt", verb[1], prompts).fails(73, "exists and was not written by hforce")
+    command(verb[0], "-f", "p.txt", verb[1], prompts).fails(73, "exists, and is no profile, table or plot of hforce")
     assert prompts.read_text() == "a red circle\na blue square"
 
 

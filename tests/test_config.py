@@ -287,3 +287,20 @@ def test_what_is_no_size_is_refused(text):
 def test_a_path_that_is_no_text_cannot_be_shown() -> None:
     with pytest.raises(ConfigError, match="is not UTF-8"):
         describe(load_config(flags={"cache.profile": "p\udce9.json"}))
+
+
+def test_the_preset_is_that_of_the_model_that_is_named(tmp_path: Path) -> None:
+    """However it is named: nothing of the tiny model's own settings may stay."""
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  name: wan2.1-t2v-1.3b\n")
+    wanted = load_config("wan2.1-t2v-1.3b")
+    assert load_config(files=[file]) == load_config(overrides=["model.name=wan2.1-t2v-1.3b"]) == wanted
+    assert wanted.sample.first_steps is None and load_config().sample.first_steps
+    assert load_config(overrides=["model.name=other"]).model.name == "other"
+
+
+def test_another_policy_does_not_inherit_the_options_of_a_setup() -> None:
+    config = load_config(overrides=["cache.setup=hf-10", "cache.memory.policy=window", "cache.memory.options.frames=9"])
+    assert config.cache.memory == RolePolicy("window", {"frames": 9})
+    kept = load_config(overrides=["cache.setup=hf-10", "cache.memory.policy=sink", "cache.memory.options.window=3"])
+    assert kept.cache.memory == RolePolicy("sink", {"window": 3})

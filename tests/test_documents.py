@@ -46,7 +46,7 @@ def test_a_name_as_long_as_names_can_be_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"precious", b'{"kind": "other"}', b"\x89PNG\r\n\x1a\nSoftware\0other"])
 def test_a_result_replaces_nothing_that_is_not_ours(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a").write_bytes(data)
-    with pytest.raises(OutputError, match="exists and was not written by hforce"):
+    with pytest.raises(OutputError, match="exists, and is no profile, table or plot of hforce"):
         check_result(tmp_path / "a")
 
 

@@ -288,6 +288,9 @@ def build_profile(cache: CacheConfig, backbone: Described) -> Profile:
         ) from error
     profile = load_profile(path, cache.strict)
     check_model(profile, backbone.fingerprint, backbone.geometry.layers, backbone.geometry.heads)
+    if profile.model.tokens_per_frame != backbone.geometry.tokens:
+        told = path, profile.model.tokens_per_frame, backbone.geometry.tokens
+        log.info("%s was measured with %d tokens a latent frame; this video has %d", *told)
     return profile
 
 
@@ -337,7 +340,14 @@ def build_policy(cache: CacheConfig, role: HeadRole, backbone: Described, chunks
         options.setdefault("frames", chunks * geometry.chunk)
     if "chunk" in options_of(name):
         options.setdefault("chunk", geometry.chunk)
-    policy = make_policy(name, **options)
+    try:
+        policy = make_policy(name, **options)
+    except ConfigError as error:
+        error.say_where(f"cache.{role.value}")
+        raise
+    if name == "full" and policy.capacity < chunks * geometry.chunk:
+        message = f"policy 'full' has room for {policy.capacity} frames, the video comes to {chunks * geometry.chunk}"
+        raise ConfigError(message, f"leave cache.{role.value}.options.frames out, or choose another policy")
     fits(policy, geometry.chunk, geometry.span, role.value)
     return policy
 

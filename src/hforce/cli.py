@@ -56,7 +56,7 @@ def common(
     Results go to standard output, progress and messages to standard error.
     """
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="hforce: %(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=max(level, logging.WARNING), format="hforce: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("hforce").setLevel(level)
 
 
@@ -268,7 +268,7 @@ def _load(
     flags |= {"-m": ("model.name", name), "--model": ("model.checkpoint", checkpoint), "--size": ("model.size", size)}
     given = {flag: setting for flag, setting in flags.items() if setting[1] not in (None, "", [])}
     try:
-        return load_config(preset, files or [], overrides or [], dict(given.values()))
+        return load_config(preset if model else "", files or [], overrides or [], dict(given.values()))
     except UsageError as error:
         told = str(error)
         for flag, (key, _) in given.items():

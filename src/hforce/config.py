@@ -18,7 +18,8 @@ from hforce.errors import ConfigError, UsageError
 from hforce.models.families import FAMILIES, SELF_FORCING, find_family
 from hforce.resources import presets
 from hforce.rules import Rule, amount, each, falling, nearest, one_of, seconds, size, within
-from hforce.settings import EAGER, OWN, SETUPS, SUITES, CacheConfig, Config
+from hforce.settings import EAGER, OWN, SETUPS, SUITES, CacheConfig, Config, RolePolicy
+from hforce.which_model import DEFAULT
 from hforce.yamlfile import key_lines, read_yaml_text, yaml_error
 
 COMMAND_LINE = "--set"
@@ -84,27 +85,30 @@ _RULES: Mapping[str, Rule] = MappingProxyType({
 
 
 def load_config(
-    preset: str = "tiny",
+    preset: str = "",
     files: Iterable[Path | str] = (),
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """Defaults, changed by the preset, then by `files`, then by the command line: `overrides` and `flags`.
 
-    A setup or suite that one of these three names is applied before its other settings, and undoes the one before.
-    `overrides` are texts "section.key=value", `flags` dotted keys and values as they are meant. All faults are reported
-    together, each with its file and line: UsageError when all of them come from the command line, else ConfigError;
-    InputError for a file that is not there.
+    Without a preset it is the one that `model.name` is set to, or else the tiny model's. A setup or suite that one of
+    these three names is applied before its other settings, and undoes the one before. `overrides` are texts
+    "section.key=value", `flags` dotted keys and values as they are meant. All faults are reported together, each with
+    its file and line: UsageError when all of them come from the command line, else ConfigError; InputError for a file
+    that is not there.
     """
-    packaged = _file_settings(_preset_path(preset))
     in_files = [setting for file in files for setting in _file_settings(Path(file))]
     typed = [setting for text in overrides for setting in _override_settings(text)]
     typed += [Setting(key, _as_it_is(value), COMMAND_LINE) for key, value in flags.items()]
     given = [*in_files, *typed]
+    named = [setting.value for setting in given if setting.path == "model.name" and setting.value in presets()]
+    packaged = _file_settings(_preset_path(preset or (named[-1] if named else DEFAULT)))
     tree, faults = OmegaConf.structured(Config), []
     for stage in (packaged, in_files, typed):
         _apply_bundles(tree, stage)
         faults += [fault for setting in stage if (fault := _apply(tree, setting))]
+    _undo_options(tree, {setting.path for setting in given})
     faults += _broken_references(tree, (*packaged, *given))
     _report(faults)
     config = OmegaConf.to_object(tree)
@@ -125,6 +129,15 @@ def _apply_bundles(tree: DictConfig, stage: Iterable[Setting]) -> None:
             tree[section][key] = fresh[key]
         for key, value in bundles[named[-1]].items():
             tree[section][key] = value
+
+
+def _undo_options(tree: DictConfig, given: set[str]) -> None:
+    """Takes back what the setup set for a policy of its own, where a role was given another one."""
+    for role, policy in SETUPS.get(str(tree.cache.setup), {}).items():
+        if isinstance(policy, RolePolicy) and tree.cache[role].policy != policy.policy:
+            own = tree.cache[role].options
+            for key in [key for key in policy.options if f"cache.{role}.options.{key}" not in given and key in own]:
+                del own[key]
 
 
 def with_setup(config: Config, setup: str) -> Config:

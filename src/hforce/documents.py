@@ -94,7 +94,7 @@ def check_result(path: str | Path, others: Iterable[str | Path] = ()) -> None:
     if not path.is_file():
         raise OutputError(f"cannot create {path}: something that is no file is there", "give the name of a file")
     if not _is_ours(read_head(path, 4096)):
-        raise OutputError(f"{path} exists and was not written by hforce", "remove it, or choose another name")
+        raise OutputError(f"{path} exists, and is no profile, table or plot of hforce", "choose another name")
 
 
 def read_head(path: Path, count: int) -> bytes:

@@ -26,7 +26,7 @@ from hforce.bench import BenchProgress, choose_setups, find_schedule
 from hforce.build import build_backbone, build_plan, build_roles, build_script, build_stream, check_cache, count_cores
 from hforce.decoding import decoded
 from hforce.documents import file_digest, read_document
-from hforce.errors import ConfigError, HforceError, UnavailableError, cannot_write
+from hforce.errors import ConfigError, HforceError, OutputError, UnavailableError, cannot_write
 from hforce.length_report import FILMS, MEASURES, Case, LengthResult, at_lengths, summarise
 from hforce.length_report import plot as plot
 from hforce.length_report import table as table
@@ -252,6 +252,8 @@ class Notes:
                 self.found[task.key] = note
             elif task:
                 foreign += 1
+        if not all(line.startswith(b"{") for line in filter(None, lines[:1])):
+            raise OutputError(f"{self.path} is no file of notes", "name another result: --json FILE")
         if torn:
             log.warning("%s: torn lines left out: %d", self.path, torn)
         if foreign:

@@ -38,6 +38,8 @@ def make_policy(name: str, /, **options: Any) -> CachePolicy:
         if option not in legal:
             message = f"cache policy {name!r} has no option {option!r}{_nearest(option, legal)}"
             raise ConfigError(message, mend=_known(legal))
+    if options.get("positions") is True:  # YAML's reading of the word
+        options["positions"] = "true"
     return POLICIES[name](**options)
 
 
