@@ -178,6 +178,9 @@ def test_a_file_of_prompts_that_has_no_name_is_not_the_demo(generate):
 def test_an_empty_value_is_that_of_an_unset_variable(command, tmp_path):
     command("generate", "-p", "red", "--init-image", "").fails(2, "--init-image is empty")
     command("bench", "--setups", "").fails(2, "--setups is empty")
+    command("generate", "-p", "red", "-o", "").fails(2, "--output is empty")
+    command("generate", "-p", "red", "-c", "").fails(2, "--config is empty")
+    command("bench", "--json=").fails(2, "--json is empty")
 
 
 def test_options_that_would_do_nothing_are_refused(command):

@@ -304,3 +304,6 @@ def test_another_policy_does_not_inherit_the_options_of_a_setup() -> None:
     assert config.cache.memory == RolePolicy("window", {"frames": 9})
     kept = load_config(overrides=["cache.setup=hf-10", "cache.memory.policy=sink", "cache.memory.options.window=3"])
     assert kept.cache.memory == RolePolicy("sink", {"window": 3})
+    linked = ["cache.local.options.window=4", "cache.memory.options=${cache.local.options}"]
+    config = load_config(overrides=["cache.setup=hf-10", "cache.memory.policy=sink", *linked])
+    assert config.cache.local.options == config.cache.memory.options == {"window": 4}

@@ -172,7 +172,7 @@ def test_the_suite_has_defaults_of_its_own_and_explicit_settings_win() -> None:
 
 def test_a_file_of_somebody_else_is_not_written_to(tmp_path: Path) -> None:
     notes = tmp_path / "n.json.part.jsonl"
-    for data in (b"my own notes\n", bytes(range(128, 255))):
+    for data in (b"my own notes\n", b"\n\nmy own\n", bytes(range(128, 255))):
         notes.write_bytes(data)
         with pytest.raises(OutputError, match="is no file of notes"), length.Notes(notes, []):
             pass

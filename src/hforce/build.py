@@ -19,6 +19,7 @@ from hforce.attention.backends import SDPA, can_launch, check_backend, choose_ba
 from hforce.attention.timing import Layer
 from hforce.cache.heads import HeadCache
 from hforce.cache.policies import fits, make_policy, options_of
+from hforce.cache.policies.full import Full
 from hforce.cache.policy import CachePolicy
 from hforce.cache.roles import HeadRole, Profile, RoleMap, check_model, head_order, load_profile
 from hforce.errors import ConfigError, DataError, InputError, UnavailableError
@@ -94,12 +95,16 @@ def build_backbone(config: Config) -> Backbone:
 def build_memory(config: Config, blueprint: Blueprint, chunks: int, switches: bool) -> tuple[memory.Plan, int | None]:
     """What a video of so many chunks takes in the memory mode that is set, and what there is; None: not known.
 
-    Raises what `check_cache` raises.
+    Raises what `check_cache` raises, and ConfigError where `full` has no room for the video.
     """
     geometry, roles = blueprint.geometry, build_roles(config.cache, blueprint)
     lanes = {}
     for role in (role for role, count in roles.counts().items() if count):
         policy = build_policy(config.cache, role, blueprint, chunks)
+        fewest = (chunks - 1) * geometry.chunk + 1  # frames in the end: the first chunk may be short
+        if isinstance(policy, Full) and policy.capacity < fewest:
+            message = f"policy 'full' has room for {policy.capacity} frames, the video comes to at least {fewest}"
+            raise ConfigError(message, f"leave cache.{role.value}.options.frames out, or choose another policy")
         heads = tuple(row.count(role) for row in roles.roles)
         lanes[role.value] = memory.Lane(heads, policy.capacity, policy.looks)
     width, height = blueprint.size
@@ -345,9 +350,6 @@ def build_policy(cache: CacheConfig, role: HeadRole, backbone: Described, chunks
     except ConfigError as error:
         error.say_where(f"cache.{role.value}")
         raise
-    if name == "full" and policy.capacity < chunks * geometry.chunk:
-        message = f"policy 'full' has room for {policy.capacity} frames, the video comes to {chunks * geometry.chunk}"
-        raise ConfigError(message, f"leave cache.{role.value}.options.frames out, or choose another policy")
     fits(policy, geometry.chunk, geometry.span, role.value)
     return policy
 

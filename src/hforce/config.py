@@ -102,15 +102,15 @@ def load_config(
     typed = [setting for text in overrides for setting in _override_settings(text)]
     typed += [Setting(key, _as_it_is(value), COMMAND_LINE) for key, value in flags.items()]
     given = [*in_files, *typed]
-    named = [setting.value for setting in given if setting.path == "model.name" and setting.value in presets()]
-    packaged = _file_settings(_preset_path(preset or (named[-1] if named else DEFAULT)))
+    named = next((str(setting.value) for setting in reversed(given) if setting.path == "model.name"), DEFAULT)
+    packaged = _file_settings(_preset_path(preset or (named if named in presets() else DEFAULT)))
     tree, faults = OmegaConf.structured(Config), []
     for stage in (packaged, in_files, typed):
         _apply_bundles(tree, stage)
         faults += [fault for setting in stage if (fault := _apply(tree, setting))]
-    _undo_options(tree, {setting.path for setting in given})
     faults += _broken_references(tree, (*packaged, *given))
     _report(faults)
+    _undo_options(tree, (in_files, typed))
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config), "the tree was made from Config"
     origins = {setting.path: setting.origin for setting in (*packaged, *given)}
@@ -131,11 +131,17 @@ def _apply_bundles(tree: DictConfig, stage: Iterable[Setting]) -> None:
             tree[section][key] = value
 
 
-def _undo_options(tree: DictConfig, given: set[str]) -> None:
+def _undo_options(tree: DictConfig, stages: Iterable[Iterable[Setting]]) -> None:
     """Takes back what the setup set for a policy of its own, where a role was given another one."""
+    given: set[str] = set()  # since the setup was named
+    for stage in stages:
+        paths = {setting.path for setting in stage}
+        given = paths if "cache.setup" in paths else given | paths
     for role, policy in SETUPS.get(str(tree.cache.setup), {}).items():
-        if isinstance(policy, RolePolicy) and tree.cache[role].policy != policy.policy:
-            own = tree.cache[role].options
+        if not isinstance(policy, RolePolicy) or tree.cache[role].policy == policy.policy:
+            continue
+        own = tree.cache[role].options
+        if not OmegaConf.is_interpolation(tree.cache[role], "options"):
             for key in [key for key in policy.options if f"cache.{role}.options.{key}" not in given and key in own]:
                 del own[key]
 

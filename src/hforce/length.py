@@ -252,7 +252,7 @@ class Notes:
                 self.found[task.key] = note
             elif task:
                 foreign += 1
-        if not all(line.startswith(b"{") for line in filter(None, lines[:1])):
+        if not next(filter(None, lines), b"{").startswith(b"{"):
             raise OutputError(f"{self.path} is no file of notes", "name another result: --json FILE")
         if torn:
             log.warning("%s: torn lines left out: %d", self.path, torn)

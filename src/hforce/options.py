@@ -1,5 +1,6 @@
 """The options of the three commands, and what their help says of them."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,8 @@ from typing import Annotated, Any
 from typer import Context, Option
 
 from hforce.errors import UsageError
+
+MAY_BE_EMPTY = ("--prompt", "--set")  # of which more is said where they are read
 
 Prompt = Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")]
 Output = Annotated[Path, Option("--output", "-o", metavar="PATH", help="Folder, or one .mp4 file.")]
@@ -91,8 +94,10 @@ def _given(context: Context) -> Iterator[tuple[str, str, Any]]:
 
 def refuse_empty(context: Context) -> None:
     """Raises UsageError for an option whose value is empty: that of an unset variable in a script, likely."""
+    has_empty = any(word == "" or (word.startswith("--") and word.endswith("=")) for word in sys.argv)
     for _, option, value in _given(context):
-        if value == "":
+        values = value if isinstance(value, list | tuple) else [value]
+        if option not in MAY_BE_EMPTY and ("" in values or (has_empty and Path() in values)):  # which is "." as well
             raise UsageError(f"{option} is empty", "leave it out, or give it a value")
 
 

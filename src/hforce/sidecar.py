@@ -97,8 +97,9 @@ def is_done(config: Config, backbone: Described, job: Job, on_exists: str) -> bo
     shown = target.sheet if config.video.contact_sheet and target.sheet.exists() else None
     is_foreign = shown and result.get("sheet_sha256") != file_digest(shown)
     if target.video.exists() or is_foreign:
+        what = "exists already" if is_whole and not told else f"exists and was not made by this very command{told}"
         raise OutputError(
-            f"{target.video if target.video.exists() else shown} exists and was not made by this very command{told}",
+            f"{target.video if target.video.exists() else shown} {what}",
             "choose another output, or use --on-exists overwrite",
         )
     return False
@@ -110,12 +111,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     keys = [key for key in before | after if before.get(key) != after.get(key)]
     if not keys:
         return ""
-    told = [f"{key} was {_short(before.get(key))} and is {_short(after.get(key))}" for key in keys[:MOST_TOLD]]
+    pairs = [(key, _short(before.get(key)), _short(after.get(key))) for key in keys[:MOST_TOLD]]
+    told = [f"{key} was {was} and is {now}" if was != now else f"{key} is another" for key, was, now in pairs]
     return f": {', '.join(told)}" + (f", and {len(keys) - MOST_TOLD} more" if len(keys) > MOST_TOLD else "")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths of everything below that is no mapping."""
+    """Dotted paths of everything below that is no mapping, nor a list of mappings."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         yield path, value
         return

@@ -209,7 +209,7 @@ def is_taken(path: Path) -> bool:
         import fcntl
 
         with part_path(path).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except (ImportError, OSError):
@@ -280,8 +280,6 @@ def check_reach(path: Path | str) -> None:
     path = Path(os.path.abspath(path))
     _check_kind(path)
     folder = next(folder for folder in path.parents if folder.exists())
-    if not folder.is_dir():
-        raise OutputError(f"cannot create {path}: {folder} is no folder", "check the path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
