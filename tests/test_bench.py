@@ -22,7 +22,7 @@ from hforce.bench_report import DEFINITIONS, KIND, BenchResult, Sample, Trial, c
 from hforce.build import build_backbone, build_script, build_stream
 from hforce.cache.roles import save_profile
 from hforce.config import with_setup
-from hforce.errors import ConfigError, DataError, OutputError, UnavailableError
+from hforce.errors import ConfigError, DataError, InterruptedRun, OutputError, UnavailableError
 from hforce.models.dit import Block
 from hforce.prompts import Item, Shot
 from hforce.settings import EAGER, BenchConfig, CacheConfig, Config, ModelConfig
@@ -176,6 +176,25 @@ def test_compiled_setups_make_the_same_latents_and_the_eager_one_compiles_nothin
         stream = build_stream(choose_setups(config)[plain], own, CHUNKS, config.bench.seed)
         expected = [chunk.latents for chunk in stream.play(build_script(course.shots, course.plan, own))]
         close(torch.cat(made[name]), torch.cat(expected[:-1]), 1e-4)
+
+
+def test_a_bench_that_is_stopped_tells_of_the_prompts_that_were_played(config: Config, result: BenchResult) -> None:
+    half = len(config.bench.setups) * CHUNKS
+
+    def stop(progress: BenchProgress) -> None:
+        if progress.done == half + 2:
+            raise InterruptedRun("stopped", 130)
+
+    found = bench.run(config, stop)
+    assert found.stopped and found.stopped.exit_code == 130 and result.stopped is None
+    assert [len(own) for own in found.trials.values()] == [1] * len(config.bench.setups)
+    assert "1 prompt," in drawn_table(found) and json.loads(bench.to_json(found))["rows"]
+
+    def stop_at_once(progress: BenchProgress) -> None:
+        raise InterruptedRun("stopped", 75)
+
+    with pytest.raises(InterruptedRun):
+        bench.run(config, stop_at_once)
 
 
 def test_json_says_what_the_result_says(config: Config, result: BenchResult) -> None:

@@ -32,7 +32,7 @@ from hforce.cache.eager import EagerWindow
 from hforce.cache.roles import head_order
 from hforce.config import with_setup
 from hforce.decoding import Decoded, decoded, to_bytes
-from hforce.errors import ConfigError, HforceError
+from hforce.errors import ConfigError, HforceError, InterruptedRun
 from hforce.machine import (
     Clock,
     Stopwatch,
@@ -218,7 +218,8 @@ class Tally:
 def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
     """Plays every prompt of config.bench under all its setups, chunk by chunk in turn, and times and weighs them.
 
-    Raises ConfigError for an unknown or repeated setup and for a video too short to time, and whatever stops a stream.
+    A request to stop ends it with the prompts that were played, if there are any. Raises ConfigError for an unknown or
+    repeated setup and for a video too short to time, and whatever stops a stream.
     """
     configs = choose_setups(config, (*SETUPS, EAGER))
     backbone, beside = build_bench_backbone(config)
@@ -229,12 +230,18 @@ def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
             courses.append(plan_course(config, backbone, item))
     backbones = share_backbones(configs, backbone)
     count = Tally(tell, sum(course.plan.total for course in courses) * len(configs))
-    races = []
+    races, stopped = [], None
     for course in courses:
-        with paused_collector():
-            entrants = [enter(name, configs[name], backbones[name], course, beside) for name in configs]
-            races.append(race(entrants, count))
-            del entrants  # their caches go before the next ones come
+        try:
+            with paused_collector():
+                entrants = [enter(name, configs[name], backbones[name], course, beside) for name in configs]
+                races.append(race(entrants, count))
+                del entrants  # their caches go before the next ones come
+        except InterruptedRun as error:
+            if not races:
+                raise
+            stopped = error
+            break
     trials = {name: tuple(finished[name] for finished, _ in races) for name in configs}
     ceiling = measure_ceiling(device_of(backbone), weight_type(backbone), device_clock(device_of(backbone)))
     return BenchResult(
@@ -247,6 +254,7 @@ def run(config: Config, tell: Callable[[BenchProgress], None]) -> BenchResult:
         resident_growth_bytes=max((grown for _, grown in races if grown is not None), default=None),
         environment=environment(backbone),
         config=asdict(config),
+        stopped=stopped,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hforce.errors import InterruptedRun
 from hforce.roofline import Ceiling, Stage
 
 KIND = "hforce.bench/1"
@@ -122,7 +123,10 @@ class Row:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Everything a bench found: a row a setup, the trials they come from (one a prompt), and where it ran."""
+    """Everything a bench found: a row a setup, the trials they come from (one a prompt), and where it ran.
+
+    stopped: the request that ended it before all prompts were played; those that were are in it.
+    """
 
     rows: tuple[Row, ...]
     trials: Mapping[str, Sequence[Trial]]
@@ -133,6 +137,7 @@ class BenchResult:
     resident_growth_bytes: int | None
     environment: Mapping[str, Any]
     config: Mapping[str, Any]
+    stopped: InterruptedRun | None = None
 
 
 def make_rows(trials: Mapping[str, Sequence[Trial]], warmup: int, decoder: str) -> tuple[Row, ...]:

@@ -207,6 +207,7 @@ def bench(
     settings = _load(context, model, size, config, set_, flags)
     from hforce import bench as speed
     from hforce import bench_kernels, length
+    from hforce.bench_report import BenchResult
     from hforce.documents import write_document
     from hforce.progress import CountProgress, show_table
 
@@ -230,6 +231,8 @@ def bench(
         show_table(verb.table(result))
         for path in written:
             typer.echo(path)
+    if isinstance(result, BenchResult) and result.stopped:
+        raise result.stopped
 
 
 def _check_results(paths: list[Path], sources: list[Path | str | None]) -> None:
