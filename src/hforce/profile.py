@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -39,7 +38,7 @@ from hforce.cache.roles import (
     margins,
     save_profile,
 )
-from hforce.errors import DataError, HforceError, OutputError, cannot_write
+from hforce.errors import DataError, HforceError
 from hforce.models.base import Backbone
 from hforce.plots import check_plot as check_plot
 from hforce.plots import plot as plot
@@ -49,6 +48,7 @@ from hforce.prompts import load_prompts
 from hforce.resources import resource
 from hforce.settings import Config, ProfileConfig, RolePolicy
 from hforce.stream import Take
+from hforce.video import check_place
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def run(config: Config, output: Path | None, tell: Callable[[ProfileProgress], N
     settings = config.profile
     prompts = read_prompts(settings.prompts)
     if output is not None:
-        check_output(output)
+        check_place(output)
     backbone = build_backbone(config)
     modes = [settings.mode, *(mode for mode in MODES if compare and mode != settings.mode)]
     seeds = tuple(dict.fromkeys(settings.seeds))
@@ -134,18 +134,6 @@ def read_prompts(path: str) -> tuple[str, ...]:
     if len(prompts) < FEWEST:
         raise DataError(f"{source}: one prompt cannot tell whether roles are stable", "give at least two; 20 are good")
     return prompts
-
-
-def check_output(path: Path) -> None:
-    """Finds out whether `path` can be written, and creates its folder. Raises OutputError or its child."""
-    if path.is_dir():
-        raise OutputError(f"cannot create {path}: it is a folder", "give the name of a file, such as profile.json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def measuring(config: Config, backbone: Backbone, mode: str) -> Config:
