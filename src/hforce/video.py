@@ -245,15 +245,16 @@ def preflight(*paths: Path | str) -> None:
     Creates the folders. Raises UnavailableError without an ffmpeg that has libx264, and what `check_place` raises.
     """
     check_encoder("libx264")
-    for path in paths:
-        check_place(path)
+    check_place(*paths)
 
 
-def check_place(path: Path | str) -> None:
-    """Create the folder of a file to be written. Raises OutputError or its child where no file can be created."""
-    path = Path(os.path.abspath(path))
-    _check_kind(path)
-    for folder in {path.parent, part_path(path).parent if path.suffix.lower() == ".mp4" else path.parent}:
+def check_place(*paths: Path | str) -> None:
+    """Create the folders of files to be written. Raises OutputError or its child where one cannot be created."""
+    wanted = [Path(os.path.abspath(path)) for path in paths]
+    for path in wanted:
+        _check_kind(path)
+    videos = [path for path in wanted if path.suffix.lower() == ".mp4"]
+    for folder in dict.fromkeys([path.parent for path in (*wanted, *map(part_path, videos))]):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
